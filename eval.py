@@ -1,0 +1,307 @@
+"""What one run achieved: accuracies from logits, the run folder, and a table of runs.
+
+    python eval.py runs/digits/mnist-optdigits/ht_distill/split0-seed0 --format json
+
+recomputes every figure from the runs' logits.npz; no model and no data set are needed. Accuracies are top-1 in %
+over all C candidate classes; where there is no image to average over they are None (null, -), never nan.
+"""
+
+import csv
+import dataclasses
+import io
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+
+# ------------------------------------------------------------------------------------------ metrics
+
+
+class InputError(ValueError):
+    """Something the user can mend. A run shows it as one line and ends with exit code 2."""
+
+
+def check(logits, labels, seen, where="logits"):
+    """logits float64 [N, C], labels int64 [N], seen bool [C] as numpy arrays.
+
+    Raises InputError, naming `where`, on shapes that do not fit, a value that is not finite, a label outside
+    0..C-1, or a mask without a seen or without an unseen class.
+    """
+    logits, labels, seen = np.asarray(logits, np.float64), np.asarray(labels), np.asarray(seen)
+    if logits.ndim != 2 or labels.shape != logits.shape[:1] or seen.shape != logits.shape[1:] or seen.dtype != bool:
+        raise InputError(
+            f"{where}: want logits [N, C], labels [N], seen bool [C]; "
+            f"got {logits.shape}, {labels.shape}, {seen.dtype} {seen.shape}"
+        )
+    if not np.isfinite(logits).all():
+        raise InputError(f"{where}: row {int(np.flatnonzero(~np.isfinite(logits).all(1))[0])} has nan or inf")
+    if labels.dtype.kind not in "iu" or (len(labels) and not 0 <= labels.min() <= labels.max() < len(seen)):
+        raise InputError(f"{where}: labels must be integers from 0 to {len(seen) - 1}")
+    if seen.all() or not seen.any():
+        raise InputError(f"{where}: the mask must have seen and unseen classes; {seen.sum()} of {len(seen)} are seen")
+    return logits, labels.astype(np.int64), seen
+
+
+def mean_percent(correct):
+    return 100 * float(np.mean(correct)) if len(correct) else None
+
+
+def accuracies(logits, labels, seen):
+    """All accuracies of logits [N, C] (numpy or torch) for labels [N] and the mask seen [C], in % or None.
+
+    overall, seen, unseen: images of all / seen / unseen classes, over all C candidates (a tie goes to the lower
+    index). seen_among_seen, unseen_among_unseen: the same images, candidates of their own group only.
+    harmonic_mean: of seen and unseen. class_mean: mean over the classes that have images of their accuracy.
+    """
+    logits, labels, seen = check(logits, labels, seen)
+    is_seen = seen[labels]
+    correct = logits.argmax(1) == labels
+    result = {
+        "overall": mean_percent(correct),
+        "seen": mean_percent(correct[is_seen]),
+        "unseen": mean_percent(correct[~is_seen]),
+    }
+    for name, group, images in (("seen", seen, is_seen), ("unseen", ~seen, ~is_seen)):
+        among = np.where(group, logits, -np.inf).argmax(1) == labels
+        result[f"{name}_among_{name}"] = mean_percent(among[images])
+    a, b = result["seen"], result["unseen"]
+    result["harmonic_mean"] = None if a is None or b is None else 2 * a * b / (a + b) if a + b else 0.0
+    per_class = [correct[labels == label].mean() for label in np.unique(labels)]
+    result["class_mean"] = mean_percent(per_class)
+    return result
+
+
+@torch.inference_mode()
+def predict(model, images, batch_size=512):
+    """float32 logits [N, C], a numpy array, of a Classifier in eval mode for uint8 images [N, c, H, W]."""
+    was_training = {module: module.training for module in model.modules()}
+    device = next(model.parameters()).device
+    model.eval()
+    logits = [model(batch.to(device, memory_format=torch.channels_last)) for batch in images.split(batch_size)]
+    for module, training in was_training.items():
+        module.training = training
+    return torch.cat(logits).float().cpu().numpy()
+
+
+# ------------------------------------------------------------------------------------------ the run folder
+
+
+def write_atomic(path, content):
+    """Write bytes so that `path` holds either what it held before or all of `content`, even after a power cut."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(file, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def as_json(value):
+    return json.dumps(value, indent=2, default=str).encode() + b"\n"
+
+
+NOT_COMPARED = ("device", "overwrite", "runs_dir", "data_root", "save_model")
+
+
+class Run:
+    """The folder runs/<dataset>/<source>-<target>/<method>/split<k>-seed<s>/ and what is written into it.
+
+    with Run(__file__, args) as run:        # an InputError inside is shown as one line, exit code 2
+        args = run.open(task)               # writes nothing yet; a finished run is shown again and ends here
+        run.evaluate(0, model)              # one line in log.jsonl and on the terminal
+        run.step(loss, images)              # counts a training step without waiting for the device
+        run.finish(model)                   # logits.npz, model.pt and, last, done.json
+    """
+
+    def __init__(self, script, args):
+        self.args, self.started = args, time.perf_counter()
+        self.method = args.name or Path(script).stem + ("-oracle" if args.oracle else "")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, InputError):
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+    def open(self, task):
+        """The args, with the task's recipe in place of every None. Raises InputError if the folder holds a run with
+        other arguments; if it holds a finished run with these, prints its result and ends the program."""
+        defaults = {
+            **task.recipe,
+            "source": task.source,
+            "target": task.target,
+            "seen_classes": str(int(task.seen.sum())),
+        }
+        blank = {name: value for name, value in defaults.items() if getattr(self.args, name) is None}
+        args = self.args = dataclasses.replace(self.args, **blank)
+        where = f"{args.dataset}/{args.source}-{args.target}/{self.method}/split{args.split_seed}-seed{args.seed}"
+        self.task, self.folder = task, Path(args.runs_dir) / where
+        self.lines, self.seconds, self.steps, self.images, self.loss = [], 0.0, 0, 0, 0.0
+        self.record = json.loads(as_json({"method": self.method, **dataclasses.asdict(args)}))
+        if (self.folder / "args.json").exists() and not args.overwrite:
+            old = read_json(self.folder / "args.json")
+            names = [n for n in self.record | old if n not in NOT_COMPARED and self.record.get(n) != old.get(n)]
+            if names:
+                other = ", ".join(f"{n} {old.get(n)} (now {self.record.get(n)})" for n in names)
+                raise InputError(f"{self.folder} holds a run with {other}; pass --overwrite, --name or --runs-dir")
+            if (self.folder / "done.json").exists():
+                done = read_json(self.folder / "done.json")
+                print(f"already finished (--overwrite runs it again): {self.folder}\n{result_table(done)}")
+                raise SystemExit(0)
+        return args
+
+    def step(self, loss, images):
+        """Count a training step. The loss is added up on its device and read when the next evaluation prints it."""
+        self.steps, self.images, self.loss = self.steps + 1, self.images + len(images), self.loss + loss.detach()
+
+    def evaluate(self, epoch, model, **extras):
+        """Accuracies on the target's test images, with extras (numbers or lists) beside them in log.jsonl. Epoch 0 is
+        the source model and starts the folder, in place of what an unfinished run left there."""
+        before = self.lines[-1]["step"] if self.lines else 0
+        loss = float(self.loss) / (self.steps - before) if self.steps > before else None  # waits for the device
+        speed = self.images / (time.perf_counter() - self.clock) if self.images else None
+        if loss is not None and not np.isfinite(loss):
+            raise InputError(
+                f"the loss is {loss} in steps {before + 1} to {self.steps}, lr {self.args.lr}: try a lower one"
+            )
+        self.test_logits = predict(model, self.task.target_test.images)
+        figures = accuracies(self.test_logits, self.task.target_test.labels, self.task.seen)
+        if epoch == 0:
+            train_logits = predict(model, self.task.target_train.images)
+            self.source = self.test_logits, train_logits, figures
+            correct = train_logits.argmax(1) == self.task.target_train.labels.numpy()
+            self.source_train_accuracy = extras["train"] = mean_percent(correct)
+            (self.folder / "done.json").unlink(missing_ok=True)
+            write_atomic(self.folder / "args.json", as_json(self.record))
+            print(f"{self.folder}\nepoch     loss    seen  unseen overall  images/s  seconds")
+        seconds = time.perf_counter() - self.started
+        line = {"epoch": epoch, "step": self.steps, "loss": loss, **figures}
+        self.lines.append({**line, "images_per_second": speed, "seconds": seconds, **extras})
+        write_atomic(self.folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines).encode())
+        cells = number(loss, 9, 4) + "".join(number(figures[k], 8) for k in ("seen", "unseen", "overall"))
+        more = "".join(f"  {name} {value:.4g}" for name, value in extras.items() if isinstance(value, float))
+        print(f"{epoch:5d}{cells}{number(speed, 10, 0)}{number(seconds, 9, 1)}{more}", flush=True)
+        self.loss, self.images, self.clock = 0.0, 0, time.perf_counter()
+
+    def finish(self, model):
+        """Save what `model`, the one evaluated last, is and predicts; done.json, written last, makes the run finished."""
+        task, (source_test, source_train, source_figures) = self.task, self.source
+        arrays = {
+            "test_logits": self.test_logits,
+            "test_labels": task.target_test.labels.numpy(),
+            "train_logits": predict(model, task.target_train.images),
+            "train_labels": task.target_train.labels.numpy(),
+            "source_test_logits": source_test,
+            "source_train_logits": source_train,
+            "seen": task.seen.numpy(),
+            "classes": np.array(task.classes),
+        }
+        stream = io.BytesIO()
+        np.savez(stream, **arrays)
+        write_atomic(self.folder / "logits.npz", stream.getvalue())
+        if self.args.save_model:
+            stream = io.BytesIO()
+            torch.save({"model": model.state_dict(), "classes": task.classes, "arch": self.args.arch}, stream)
+            write_atomic(self.folder / "model.pt", stream.getvalue())
+        final = accuracies(arrays["test_logits"], arrays["test_labels"], arrays["seen"])
+        done = {"source": source_figures, "final": final, "args": self.record}
+        done |= {"seconds": time.perf_counter() - self.started, "versions": versions(self.args.device)}
+        write_atomic(self.folder / "done.json", as_json(done))
+        print(result_table(done))
+
+
+def versions(device):
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and device != "cpu" else None
+    packages = {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
+    return {**packages, "machine": platform.machine(), "threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: unreadable ({error}); delete the run's folder or pass --overwrite") from error
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+
+def number(value, width=0, digits=2):
+    return f"{'-' if value is None else format(value, f'.{digits}f'):>{width}}"
+
+
+def table(rows, style="md"):
+    """Rows (dicts with the same keys) as a Markdown table with two decimals, or as CSV or JSON in full precision."""
+    if style == "json":
+        return json.dumps(rows, indent=2)
+    if style == "csv":
+        stream = io.StringIO()
+        writer = csv.DictWriter(stream, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return stream.getvalue().rstrip()
+    cells = [[name.replace("_", " ") for name in rows[0]]]
+    cells += [[v if isinstance(v, str) else number(v) for v in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    padded = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in cells]
+    return "\n".join(f"| {' | '.join(row)} |" for row in padded)
+
+
+def result_table(done):
+    return table([{"model": name, **done[key]} for name, key in (("source (epoch 0)", "source"), ("result", "final"))])
+
+
+def read_run(path):
+    """{"run", "source", "final"} recomputed from a run folder or its logits.npz. Raises InputError, naming the file."""
+    path = Path(path) / "logits.npz" if Path(path).is_dir() else Path(path)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        logits, source = arrays["test_logits"], arrays["source_test_logits"]
+        labels, seen = arrays["test_labels"], arrays["seen"]
+    except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path}: not the complete logits.npz of a run ({type(error).__name__}: {error})") from error
+    check(source, labels, seen, f"{path}, source_test_logits")
+    check(logits, labels, seen, f"{path}, test_logits")
+    source, final = accuracies(source, labels, seen), accuracies(logits, labels, seen)
+    return {"run": str(path.parent), "source": source, "final": final}
+
+
+def main(runs: tyro.conf.Positional[tuple[Path, ...]], /, format: Literal["md", "csv", "json"] = "md"):
+    """Print a table with a row for every run, recomputed from its logits.npz.
+
+    Args:
+        runs: run folders, or folders with runs somewhere below them, or logits.npz files
+        format: md rounds to two decimals; csv and json give full precision
+    """
+    try:
+        paths = [p for run in runs for p in (sorted(run.rglob("logits.npz")) if run.is_dir() else [run]) or [run]]
+        results = [read_run(path) for path in paths]
+        rows = [{"run": r["run"], "source_overall": r["source"]["overall"], **r["final"]} for r in results]
+        print(table(results if format == "json" else rows, format))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
