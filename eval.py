@@ -82,15 +82,19 @@ def accuracies(logits, labels, seen):
 
 
 @torch.inference_mode()
-def predict(model, images, batch_size=512):
-    """float32 logits [N, C], a numpy array, of a Classifier in eval mode for uint8 images [N, c, H, W]."""
+def predict(model, images, return_features=False, batch_size=512):
+    """float32 logits [N, C] of a Classifier in eval mode for uint8 images [N, c, H, W], as a numpy array; with
+    return_features also the float32 features [N, D]. Leaves every module in the mode it was in."""
     was_training = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
     model.eval()
-    logits = [model(batch.to(device, memory_format=torch.channels_last)) for batch in images.split(batch_size)]
+    parts = [
+        model(x.to(device, memory_format=torch.channels_last), return_features=True) for x in images.split(batch_size)
+    ]
     for module, training in was_training.items():
         module.training = training
-    return torch.cat(logits).float().cpu().numpy()
+    logits, features = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
+    return (logits, features) if return_features else logits
 
 
 # ------------------------------------------------------------------------------------------ the run folder
@@ -117,6 +121,15 @@ def as_json(value):
 
 
 NOT_COMPARED = ("device", "overwrite", "runs_dir", "data_root", "save_model")
+AT_LEAST = {
+    "epochs": 1,
+    "steps_per_epoch": 1,
+    "seed": 0,
+    "source_seed": 0,
+    "lr": 0,
+    "backbone_lr": 0,
+    "weight_decay": 0,
+}
 
 
 class Run:
@@ -152,6 +165,9 @@ class Run:
         }
         blank = {name: value for name, value in defaults.items() if getattr(self.args, name) is None}
         args = self.args = dataclasses.replace(self.args, **blank)
+        for name, least in AT_LEAST.items():
+            if not getattr(args, name) >= least:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {least} or more")
         where = f"{args.dataset}/{args.source}-{args.target}/{self.method}/split{args.split_seed}-seed{args.seed}"
         self.task, self.folder = task, Path(args.runs_dir) / where
         self.lines, self.seconds, self.steps, self.images, self.loss = [], 0.0, 0, 0, 0.0
@@ -202,7 +218,7 @@ class Run:
         self.loss, self.images, self.clock = 0.0, 0, time.perf_counter()
 
     def finish(self, model):
-        """Save what `model`, the one evaluated last, is and predicts; done.json, written last, makes the run finished."""
+        """Save what `model`, the one evaluated last, is and predicts. With done.json, the last file, it is finished."""
         task, (source_test, source_train, source_figures) = self.task, self.source
         arrays = {
             "test_logits": self.test_logits,
@@ -278,7 +294,16 @@ def read_run(path):
             arrays = {name: file[name] for name in file.files}
         logits, source = arrays["test_logits"], arrays["source_test_logits"]
         labels, seen = arrays["test_labels"], arrays["seen"]
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        EOFError,
+        AttributeError,
+        TypeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise InputError(f"{path}: not the complete logits.npz of a run ({type(error).__name__}: {error})") from error
     check(source, labels, seen, f"{path}, source_test_logits")
     check(logits, labels, seen, f"{path}, test_logits")

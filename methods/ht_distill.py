@@ -13,7 +13,6 @@ compares seen logits only. Weights are ours. The paper's form, as far as it is k
 """
 
 import copy
-import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ import tyro
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # data, models and eval: beside this file or one folder up
 import data
 import models
-from eval import Run
+from eval import Run, predict
 
 
 @dataclass
@@ -119,11 +118,9 @@ def decorrelation(features):
     return (squares.sum() - squares.diagonal().sum()) / (z.shape[1] * (z.shape[1] - 1))
 
 
-@torch.inference_mode()
-def effective_rank(model, images, device):
-    """exp of the entropy of the normalised singular values of the features of uint8 images [N, c, H, W]."""
-    features = torch.cat([model(batch.to(device), return_features=True)[1] for batch in images.split(512)])
-    share = torch.linalg.svdvals(features)
+def effective_rank(features):
+    """exp of the entropy of the normalised singular values of features [N, D]: from 1 to min(N, D)."""
+    share = torch.linalg.svdvals(torch.as_tensor(features))
     share = share[share > 0] / share.sum()
     return float(torch.exp(-(share * share.log()).sum()))
 
@@ -148,12 +145,14 @@ if __name__ == "__main__":
         optimizer = torch.optim.SGD(rates, args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * args.steps_per_epoch)
         scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
-        seen = task.seen.to(device)
+        seen = (task.seen | args.oracle).to(device)  # with images of all classes, none is unseen
         masked = args.ce == "seen" or (args.ce == "auto" and args.distill_weight > 0)
         outside_ce = ~seen if masked else torch.zeros_like(seen)
-        measure_rank = functools.partial(effective_rank, images=task.target_train.images, device=device)
 
-        run.evaluate(0, model, effective_rank=measure_rank(model))
+        def rank(model):
+            return effective_rank(predict(model, task.target_train.images, return_features=True)[1])
+
+        run.evaluate(0, model, effective_rank=rank(model))
         if run.source_train_accuracy < 50:
             print(f"warning: a weak teacher, {run.source_train_accuracy:.1f} % on the target's training images")
         for epoch in range(1, args.epochs + 1):
@@ -179,5 +178,5 @@ if __name__ == "__main__":
                 scaler.update()
                 scheduler.step()
                 run.step(loss, images)
-            run.evaluate(epoch, model, **({"effective_rank": measure_rank(model)} if epoch == args.epochs else {}))
+            run.evaluate(epoch, model, effective_rank=rank(model))
         run.finish(model)

@@ -1,0 +1,54 @@
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+QUICK = ("--epochs", "2", "--steps-per-epoch", "3", "--device", "cpu")
+
+
+@pytest.fixture(scope="session")
+def runs_dir(tmp_path_factory):
+    """One cache of source models for the whole session, where it takes a few steps to train one."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(autouse=True)
+def quick_source(monkeypatch):
+    """A source model of 30 steps is enough for tests of the machinery, not of the figures."""
+    import data
+
+    for entry in data.DATASETS.values():
+        monkeypatch.setitem(entry[4], "steps", 30)
+
+
+@pytest.fixture
+def run_method(runs_dir, monkeypatch):
+    """Run methods/NAME.py as a program, in this process; returns its globals and its folder."""
+
+    def call(name, *flags, quick=True, runs=runs_dir):
+        argv = [str(ROOT / "methods" / f"{name}.py"), *(QUICK if quick else ()), "--runs-dir", str(runs), *flags]
+        monkeypatch.setattr(sys, "argv", argv)
+        names = runpy.run_path(argv[0], run_name="__main__")
+        return names, names["run"].folder
+
+    return call
+
+
+@pytest.fixture
+def read():
+    """The files of a finished run: its done.json, the arrays of logits.npz, the lines of log.jsonl."""
+
+    def call(folder):
+        done = json.loads((folder / "done.json").read_text())
+        with np.load(folder / "logits.npz", allow_pickle=False) as file:
+            arrays = dict(file)
+        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        return done, arrays, log
+
+    return call

@@ -1,0 +1,128 @@
+import numpy as np
+import pytest
+import torch
+
+import data
+from eval import InputError
+
+
+@pytest.mark.parametrize(
+    "dataset, source, target, classes", [("digits", "mnist", "optdigits", 10), ("glyphs", "sans", "stix", 62)]
+)
+def test_task_splits(dataset, source, target, classes):
+    task = data.load_task(dataset, source, target, split_seed=3)
+    whole = data.load_task(dataset, source, target, split_seed=3, oracle=True)
+    assert len(task.classes) == classes and int(task.seen.sum()) == classes // 2
+    assert torch.equal(task.seen, whole.seen)
+    # only seen classes in training, all of them, and exactly the oracle's images of them
+    assert set(task.target_train.labels.tolist()) == set(torch.nonzero(task.seen).flatten().tolist())
+    kept = task.seen[whole.target_train.labels]
+    assert torch.equal(task.target_train.images, whole.target_train.images[kept])
+    assert torch.equal(task.target_test.images, whole.target_test.images)
+    # 7:3 within each class, rounded down, and nothing in both parts
+    for label in range(classes):
+        train, test = (int((s.labels == label).sum()) for s in (whole.target_train, whole.target_test))
+        assert train == int(0.7 * (train + test) + 1e-9)
+    train, test = ({image.numpy().tobytes() for image in s.images} for s in (whole.target_train, whole.target_test))
+    assert not train & test
+    for split in (task.source_train, task.source_test, task.target_train, task.target_test):
+        assert split.images.dtype == torch.uint8 and split.images.shape[1:] == (1, 28, 28)
+        assert split.labels.dtype == torch.int64 and len(split.labels) == len(split.images)
+
+
+def test_digits_are_the_published_images():
+    mnist, labels, _ = data.digits("mnist")
+    assert mnist.shape == (5000, 1, 28, 28) and (np.bincount(labels) == 500).all()
+    small, labels, _ = data.digits("optdigits")
+    assert small.shape == (1797, 1, 28, 28) and small.max() == 255
+    border = small.copy()
+    border[:, :, 4:24, 4:24] = 0
+    assert border.max() == 0, "the ink lies in the middle 20x20, as MNIST's does"
+
+
+def test_split_seed_changes_classes_and_images_and_not_the_source():
+    a, b, c = (data.load_task("digits", split_seed=s) for s in (0, 0, 1))
+    assert torch.equal(a.seen, b.seen) and torch.equal(a.target_test.images, b.target_test.images)
+    assert not torch.equal(a.seen, c.seen) and not torch.equal(a.target_test.images, c.target_test.images)
+    assert torch.equal(a.source_train.images, c.source_train.images)
+
+
+def test_seen_classes_from_a_file(tmp_path):
+    file = tmp_path / "names.txt"
+    file.write_text("7\n\n2\n 7 \n")
+    assert data.load_task("digits", seen_classes=str(file)).seen.nonzero().flatten().tolist() == [2, 7]
+    file.write_text("7\neight\n")
+    with pytest.raises(InputError, match=r"eight.*classes are 0, 1"):
+        data.load_task("digits", seen_classes=str(file))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"dataset": "imagenet"}, "--dataset imagenet: unknown; choose from digits"),
+        ({"source": "svhn"}, "--source svhn: digits has no such domain; choose from mnist, optdigits"),
+        ({"target": "svhn"}, "--target svhn"),
+        ({"target": "mnist"}, "is the source too"),
+        ({"seen_classes": "0"}, "makes 0 of 10"),
+        ({"seen_classes": "-3"}, "makes -3 of 10"),
+        ({"seen_classes": "10"}, "makes 10 of 10"),
+        ({"seen_classes": "11"}, "makes 11 of 10"),
+        ({"seen_classes": "nowhere.txt"}, "neither a number nor a file"),
+        ({"split_seed": -1}, "--split-seed -1"),
+    ],
+)
+def test_bad_tasks_are_named(flags, message):
+    with pytest.raises(InputError, match=message):
+        data.load_task(**{"dataset": "digits", **flags})
+
+
+def ramp(n=6):
+    images = torch.arange(n * 8 * 8, dtype=torch.float32).remainder(251).byte().view(n, 1, 8, 8)
+    return data.Split(images, torch.arange(n), {})
+
+
+def test_batches_are_a_function_of_seed_and_step():
+    split = data.Split(ramp().images, ramp().labels, {"degrees": 20.0, "shift": 0.1})
+    a, b = split.batches(2, "cpu", seed=1), split.batches(2, "cpu", seed=1)
+    forward = [a(step) for step in range(7)]
+    for step in (6, 0, 3, 5):  # another order of asking, as after a restart
+        assert all(torch.equal(x, y) for x, y in zip(forward[step], b(step), strict=True))
+    assert len(a) == 3
+    for epoch in range(2):  # each pass shows every image once, in another order
+        assert sorted(torch.cat([forward[epoch * 3 + i][1] for i in range(3)]).tolist()) == list(range(6))
+    assert not torch.equal(forward[0][0], split.batches(2, "cpu", seed=2)(0)[0])
+    assert forward[0][0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_batches_without_augmentation_are_the_images():
+    split = ramp()
+    images, labels = split.batches(6, "cpu", seed=0)(0)
+    assert torch.equal(images[labels.argsort()], split.images.float() / 255)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 7])
+def test_batch_that_does_not_fit(batch_size):
+    with pytest.raises(InputError, match=f"--batch-size {batch_size}: the training set has 6 images"):
+        ramp().batches(batch_size, "cpu", seed=0)
+
+
+def test_affine_is_drawn_per_sample():
+    images = torch.rand(1, 1, 16, 16).repeat(8, 1, 1, 1)
+    moved = data.random_affine(images, data.generator("cpu", 0), degrees=20.0, scale=0.2, shift=0.1, shear=0.1)
+    assert len({image.numpy().tobytes() for image in moved}) == 8
+
+
+def test_affine_limits():
+    images = torch.rand(4, 3, 16, 16)
+    same = data.random_affine(images, data.generator("cpu", 0))
+    torch.testing.assert_close(same, images, atol=1e-5, rtol=0)
+    # every parameter stays within its bound: read theta back from where the corners and the middle are sampled
+    n = 2000
+    x, y = torch.meshgrid(torch.linspace(-1, 1, 41), torch.linspace(-1, 1, 41), indexing="xy")
+    coordinates = torch.stack([x, y])[None].repeat(n, 1, 1, 1)
+    turned = data.random_affine(coordinates, data.generator("cpu", 1), degrees=30.0)
+    angle = torch.atan2(turned[:, 1, 20, 25] - turned[:, 1, 20, 20], turned[:, 0, 20, 25] - turned[:, 0, 20, 20])
+    assert 29 < torch.rad2deg(angle).max() < 30.1 and -30.1 < torch.rad2deg(angle).min() < -29
+    shifted = data.random_affine(coordinates, data.generator("cpu", 1), shift=0.1)[:, :, 20, 20]
+    # a shift of 0.1 of the side is 0.2 of the coordinates' -1..1, and these pixels' centres span 40/41 of the side
+    assert 0.19 < shifted.abs().max() * 40 / 41 < 0.21

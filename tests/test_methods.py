@@ -1,0 +1,217 @@
+"""Every script, run as a program; and the two facts that hold for the first two of them."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import QUICK, ROOT
+
+import eval as evaluation
+
+METHODS = sorted(path.stem for path in (ROOT / "methods").glob("*.py"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("oracle", [False, True], ids=["", "oracle"])
+def test_a_run_leaves_all_its_files(method, oracle, run_method, read, capsys):
+    names, folder = run_method(method, *(["--oracle"] if oracle else []))
+    done, arrays, log = read(folder)
+    assert folder.name == "split0-seed0" and folder.parent.name == method + "-oracle" * oracle
+    n_test, n_train = len(arrays["test_labels"]), len(arrays["train_labels"])
+    for name, shape in {
+        "test_logits": (n_test, 10),
+        "train_logits": (n_train, 10),
+        "seen": (10,),
+        "classes": (10,),
+    }.items():
+        assert arrays[name].shape == shape
+        if "logits" in name:
+            assert arrays[name].dtype == np.float32 and arrays[f"source_{name}"].shape == shape
+    assert set(arrays["train_labels"]) == set(range(10) if oracle else np.flatnonzero(arrays["seen"]))
+    # the figures of done.json, of the log's last line and of eval.py are one and the same, to the last digit
+    assert evaluation.read_run(folder)["final"] == done["final"]
+    assert evaluation.read_run(folder)["source"] == done["source"]
+    assert {key: log[0][key] for key in done["source"]} == done["source"]
+    assert {key: log[-1][key] for key in done["final"]} == done["final"]
+    assert [line["epoch"] for line in log] == list(range(len(log))) and log[0]["step"] == 0 and log[0]["loss"] is None
+    assert (
+        json.loads((folder / "args.json").read_text()) == done["args"]
+        and done["versions"]["torch"] == torch.__version__
+    )
+    # model.pt is a model that gives these logits
+    saved = torch.load(folder / "model.pt", weights_only=True)
+    assert saved["classes"] == list(arrays["classes"])
+    names["model"].load_state_dict(saved["model"])
+    assert np.array_equal(evaluation.predict(names["model"], names["task"].target_test.images), arrays["test_logits"])
+    assert "source (epoch 0)" in capsys.readouterr().out
+
+
+def test_same_seeds_same_bits(run_method, read, tmp_path):
+    first = read(run_method("ht_distill", "--name", "a", "--rank-weight", "0.1")[1])[1]
+    again = read(run_method("ht_distill", "--name", "b", "--rank-weight", "0.1")[1])[1]
+    other = read(run_method("ht_distill", "--name", "c", "--seed", "1")[1])[1]
+    split = read(run_method("ht_distill", "--name", "d", "--split-seed", "1")[1])[1]
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+    assert np.array_equal(first["source_test_logits"], other["source_test_logits"])
+    assert not np.array_equal(first["test_logits"], other["test_logits"])
+    assert not np.array_equal(first["seen"], split["seen"])
+
+
+def test_without_its_terms_ht_distill_is_naive_ft(run_method):
+    flags = ("--split-seed", "2", "--bn-mode", "train")
+    naive = run_method("naive_ft", *flags)[0]["model"].state_dict()
+    same = run_method("ht_distill", *flags, "--distill-weight", "0", "--rank-weight", "0")[0]["model"].state_dict()
+    other = run_method("ht_distill", *flags, "--name", "other")[0]["model"].state_dict()
+    assert all(torch.equal(naive[key], same[key]) for key in naive)
+    assert not all(torch.equal(naive[key], other[key]) for key in naive)
+
+
+def test_bn_mode(run_method):
+    for mode, same in (("eval", True), ("train", False)):
+        names = run_method("naive_ft", "--bn-mode", mode, "--name", mode)[0]
+        before, after = names["source_model"].state_dict(), names["model"].state_dict()
+        statistics = [key for key in before if "running" in key]
+        assert statistics and all(torch.equal(before[key], after[key]) == same for key in statistics)
+
+
+def test_a_finished_run_is_kept(run_method, capsys):
+    _, folder = run_method("naive_ft", "--name", "kept")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(SystemExit) as stop:
+        run_method("naive_ft", "--name", "kept")
+    assert stop.value.code == 0 and "already finished" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        run_method("naive_ft", "--name", "kept", "--lr", "0.001")
+    assert stop.value.code == 2 and "lr 0.005 (now 0.001)" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in folder.iterdir()}
+    run_method("naive_ft", "--name", "kept", "--lr", "0.001", "--overwrite")
+    assert json.loads((folder / "done.json").read_text())["args"]["lr"] == 0.001
+
+
+BAD = [
+    (["--dataset", "imagenet"], "--dataset imagenet"),
+    (["--source", "svhn"], "--source svhn"),
+    (["--target", "mnist"], "--target mnist"),
+    (["--arch", "resnet51"], "--arch resnet51"),
+    (["--seen-classes", "0"], "--seen-classes 0"),
+    (["--seen-classes", "-1"], "--seen-classes -1"),
+    (["--seen-classes", "10"], "--seen-classes 10"),
+    (["--batch-size", "5000"], "--batch-size 5000"),
+    (["--source-checkpoint", "nowhere.pt"], "--source-checkpoint nowhere.pt"),
+    (["--device", "toaster"], "--device toaster"),
+    *([] if torch.cuda.is_available() else [(["--device", "cuda"], "--device cuda")]),
+    (["--lr", "fast"], "--lr"),
+    (["--seed", "-1"], "--seed -1"),
+    (["--epochs", "0"], "--epochs 0"),
+    (["--steps-per-epoch", "0"], "--steps-per-epoch 0"),
+]
+
+
+@pytest.mark.parametrize("flags, message", BAD, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_bad_input_ends_at_once(flags, message, run_method, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_method("ht_distill", *flags, runs=tmp_path)
+    assert stop.value.code == 2 and not list(tmp_path.iterdir()), "nothing trained, nothing written"
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("error: ") == (flags != ["--lr", "fast"])
+
+
+def test_a_diverging_run_stops(run_method, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_method("naive_ft", "--lr", "1e9", "--backbone-lr", "1e9", "--clip-grad", "inf", "--name", "diverging")
+    assert stop.value.code == 2 and "lr 1000000000.0: try a lower one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_script_and_three_modules_are_all_it_takes(method, tmp_path, runs_dir, run_method):
+    run_method("naive_ft", "--name", "caches the source model", "--overwrite")
+    for file in (ROOT / "methods" / f"{method}.py", ROOT / "data.py", ROOT / "models.py", ROOT / "eval.py"):
+        shutil.copy(file, tmp_path)
+    source = next((runs_dir / "source_models").glob("digits-mnist-small_cnn-*.pt"))
+    command = [sys.executable, f"{method}.py", *QUICK, "--source-checkpoint", str(source)]
+    done = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "digits" / "mnist-optdigits" / method / "split0-seed0" / "done.json").exists()
+
+
+# ---------------------------------------------------------------- ht_distill's mathematics, against naive loops
+
+
+@pytest.fixture(scope="module")
+def ht_distill():
+    sys.path.insert(0, str(ROOT / "methods"))
+    try:
+        import ht_distill as module
+    finally:
+        sys.path.pop(0)
+    return module
+
+
+def loop_kl(logits, teacher, seen, outcomes, temperature):
+    total = 0.0
+    for z, z0 in zip(logits.tolist(), teacher.tolist(), strict=True):
+        p, q = (np.exp(np.array(v) / temperature) for v in (z0, z))
+        groups = [[k] for k in range(len(seen)) if outcomes == "all" or not seen[k]]
+        groups += [[k for k in range(len(seen)) if seen[k]]] if outcomes == "lumped" else []
+        p, q = (np.array([v[group].sum() for group in groups]) for v in (p, q))
+        p, q = p / p.sum(), q / q.sum()
+        total += (p * np.log(p / q)).sum()
+    return temperature**2 * total / len(logits)
+
+
+@pytest.mark.parametrize("outcomes", ["lumped", "unseen", "all"])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_distillation(ht_distill, outcomes, temperature):
+    torch.manual_seed(0)
+    logits, teacher = torch.randn(2, 6, 5, dtype=torch.float64) * 3
+    seen = torch.tensor([True, False, True, False, False])
+    kl = ht_distill.distillation(logits, teacher, seen, outcomes, temperature)
+    assert kl.item() == pytest.approx(loop_kl(logits, teacher, seen, outcomes, temperature), abs=1e-9)
+    assert ht_distill.distillation(teacher, teacher, seen, outcomes, temperature).item() == pytest.approx(0, abs=1e-9)
+    # a constant added to all unseen logits: invisible to `unseen`, seen by the other two
+    sunk = ht_distill.distillation(logits - 2.0 * ~seen, teacher, seen, outcomes, temperature)
+    assert torch.isclose(sunk, kl) == (outcomes == "unseen")
+
+
+def test_lumped_distillation_leaves_the_seen_classes_free(ht_distill):
+    seen = torch.tensor([True, False, True, False])
+    teacher = torch.tensor([[3.0, 0.0, 1.0, 2.0]])
+    moved = teacher.clone()
+    moved[0, [0, 2]] = torch.tensor([1.0, 3.0])  # same logsumexp over the seen classes, another order of them
+    assert ht_distill.distillation(moved, teacher, seen, "lumped", 1.0).item() == pytest.approx(0, abs=1e-6)
+    assert ht_distill.distillation(moved, teacher, seen, "all", 1.0).item() > 0.1
+
+
+def test_decorrelation(ht_distill):
+    torch.manual_seed(0)
+    features = torch.randn(50, 6, dtype=torch.float64)
+    correlation = np.corrcoef(features.numpy().T)
+    want = np.mean([correlation[i, j] ** 2 for i in range(6) for j in range(6) if i != j])
+    assert ht_distill.decorrelation(features).item() == pytest.approx(want, abs=1e-5)
+    orthogonal = torch.linalg.qr(torch.cat([torch.ones(50, 1, dtype=torch.float64), features], 1))[0][:, 1:]
+    assert ht_distill.decorrelation(orthogonal).item() == pytest.approx(0, abs=1e-9)
+    assert ht_distill.decorrelation(features[:, :1].repeat(1, 4)).item() == pytest.approx(1, abs=1e-4)
+    dead = torch.relu(features - 100).requires_grad_()
+    ht_distill.decorrelation(dead).backward()
+    assert torch.isfinite(dead.grad).all(), "features that ReLU has switched off must not give nan"
+
+
+def test_effective_rank(ht_distill):
+    assert ht_distill.effective_rank(np.eye(7)[:, :5]) == pytest.approx(5)
+    assert ht_distill.effective_rank(np.outer(np.arange(1, 9), np.ones(5))) == pytest.approx(1, abs=1e-6)
+    share = np.array([3, 1]) / 4
+    assert ht_distill.effective_rank(np.diag([3.0, 1.0])) == pytest.approx(np.exp(-(share * np.log(share)).sum()))
+
+
+def test_cross_entropy_over_seen_logits_does_not_touch_the_unseen():
+    torch.manual_seed(0)
+    logits, seen = torch.randn(6, 5, requires_grad=True), torch.tensor([True, False, True, False, False])
+    loss = F.cross_entropy(logits.masked_fill(~seen, -torch.inf), torch.tensor([0, 2, 0, 2, 2, 0]))
+    loss.backward()
+    assert (logits.grad[:, ~seen] == 0).all() and (logits.grad[:, seen] != 0).all()

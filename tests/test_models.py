@@ -1,0 +1,142 @@
+import urllib.error
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import data
+import models
+from eval import InputError
+
+
+@pytest.mark.parametrize("arch", ["small_cnn", "lenet", "resnet18"])
+def test_classifier_is_head_of_features_of_normalised_images(arch):
+    torch.manual_seed(0)
+    model = models.build(arch, 7, (1, 28, 28), None if arch in models.SMALL else "none").eval()
+    images = torch.randint(0, 256, (3, 1, 28, 28), dtype=torch.uint8)
+    logits, features = model(images, return_features=True)
+    assert logits.shape == (3, 7) and features.shape == (3, model.head.in_features)
+    torch.testing.assert_close(logits, features @ model.head.weight.T + model.head.bias)
+    torch.testing.assert_close(model(images.float() / 255), logits)
+    standard = (images.float() / 255 - model.mean) / model.std
+    torch.testing.assert_close(model.head(model.backbone(standard)), logits)
+
+
+def test_vit_wants_its_size():
+    with pytest.raises(InputError, match="--arch vit_b_16: needs images of 224x224, these are 28x28"):
+        models.build("vit_b_16", 7, (1, 28, 28), "none")
+
+
+@pytest.mark.parametrize("arch", ["resnet", "fasterrcnn_resnet50_fpn", "eval"])
+def test_unknown_architecture(arch):
+    with pytest.raises(InputError, match=f"--arch {arch}: unknown; choose small_cnn, lenet, resnet18"):
+        models.build(arch, 7, (3, 64, 64))
+
+
+def test_weights_that_cannot_be_downloaded_are_an_error(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
+    with pytest.raises(InputError, match=r"resnet18 could not be downloaded.*--weights FILE"):
+        models.build("resnet18", 7, (3, 64, 64))
+
+
+def test_weights_from_a_file(tmp_path):
+    torch.manual_seed(1)
+    published = torchvision.models.resnet18(weights=None)
+    torch.save(published.state_dict(), tmp_path / "resnet18.pth")
+    model = models.build("resnet18", 7, (3, 64, 64), str(tmp_path / "resnet18.pth"))
+    assert torch.equal(model.backbone.conv1.weight, published.conv1.weight)
+    torch.save({"conv1.weight": torch.zeros(2)}, tmp_path / "wrong.pth")
+    with pytest.raises(
+        InputError, match=r"wrong.pth: does not fit the model; missing: bn1.weight.*conv1.weight \(2,\), not"
+    ):
+        models.build("resnet18", 7, (3, 64, 64), str(tmp_path / "wrong.pth"))
+    with pytest.raises(InputError, match=r"--weights nowhere.pth"):
+        models.build("resnet18", 7, (3, 64, 64), "nowhere.pth")
+
+
+def test_source_model_is_trained_once(tmp_path, monkeypatch):
+    task = data.load_task("digits")
+    first = models.source_model(task, "small_cnn", cache=tmp_path)
+    monkeypatch.setattr(models, "train_source", lambda *a, **k: pytest.fail("trained again"))
+    second = models.source_model(data.load_task("digits", split_seed=5), "small_cnn", cache=tmp_path)
+    for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert not first.training and not any(layer.training for layer in models.batchnorms(first))
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"arch": "lenet"}, {"amp": torch.bfloat16}, "images", "recipe"])
+def test_what_determines_a_source_model_is_in_its_key(tmp_path, monkeypatch, change):
+    trained = []
+    monkeypatch.setattr(models, "train_source", lambda *a, **k: trained.append(1))
+    task = data.load_task("digits")
+    models.source_model(task, "small_cnn", cache=tmp_path)
+    if change == "images":
+        task.source_train.images[0] = 1
+    elif change == "recipe":
+        task.source_recipe = {**task.source_recipe, "lr": 1.0}
+    models.source_model(task, **{"arch": "small_cnn", **(change if isinstance(change, dict) else {})}, cache=tmp_path)
+    assert len(trained) == 2
+
+
+def test_source_checkpoints(tmp_path):
+    task = data.load_task("digits")
+    model = models.build("small_cnn", 10, (1, 28, 28))
+    good = {"model": model.state_dict(), "classes": task.classes, "arch": "small_cnn"}
+    path = str(tmp_path / "model.pt")
+
+    def load(content):
+        torch.save(content, path)
+        return models.source_model(task, "small_cnn", checkpoint=path, cache=tmp_path)
+
+    for content in (good, model.state_dict()):
+        assert torch.equal(load(content).head.weight, model.head.weight)
+    with pytest.raises(InputError, match=r"model.pt: its classes or their order are not those of digits"):
+        load({**good, "classes": task.classes[::-1]})
+    with pytest.raises(InputError, match=r"model.pt: does not fit the model; of another shape: head.weight \(9, 128\)"):
+        load(models.build("small_cnn", 9, (1, 28, 28)).state_dict() | {"head.bias": torch.zeros(10)})
+    with pytest.raises(InputError, match=r"model.pt: does not fit the model; missing"):
+        load([1, 2])
+    (tmp_path / "model.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(InputError, match=r"model.pt: not a readable checkpoint"):
+        models.source_model(task, "small_cnn", checkpoint=path)
+    assert not (tmp_path / "source_models").exists()
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    torch.save({"model": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(InputError, match="not a readable checkpoint"):
+        models.read_checkpoint(tmp_path / "evil.pt", "--source-checkpoint")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_device_without_one():
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="--device cuda: not available here"):
+            models.device_and_amp("cuda", "auto")
+    with pytest.raises(InputError, match="--device toaster"):
+        models.device_and_amp("toaster", "auto")
+    assert models.device_and_amp("cpu", "auto") == (torch.device("cpu"), None)
+
+
+def test_amp_gives_float32_logits_and_features_in_its_precision():
+    model = models.build("small_cnn", 7, (1, 28, 28)).eval()
+    images = torch.rand(4, 1, 28, 28)
+    exact = model(images)
+    model.amp = torch.bfloat16
+    logits, features = model(images, return_features=True)
+    assert logits.dtype == features.dtype == torch.float32
+    assert not torch.equal(logits, exact) and torch.allclose(logits, exact, atol=0.1)
+
+
+def test_batchnorms_are_found():
+    assert len(models.batchnorms(models.build("small_cnn", 7, (1, 28, 28)))) == 3
+    assert models.batchnorms(models.build("lenet", 7, (1, 28, 28))) == []
+    assert isinstance(models.batchnorms(models.build("resnet18", 7, (3, 64, 64), "none"))[0], nn.BatchNorm2d)
