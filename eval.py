@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import sys
-import tempfile
 import time
 import zipfile
 import zlib
@@ -66,11 +65,8 @@ def accuracies(logits, labels, seen):
     logits, labels, seen = check(logits, labels, seen)
     is_seen = seen[labels]
     correct = logits.argmax(1) == labels
-    result = {
-        "overall": mean_percent(correct),
-        "seen": mean_percent(correct[is_seen]),
-        "unseen": mean_percent(correct[~is_seen]),
-    }
+    groups = {"overall": slice(None), "seen": is_seen, "unseen": ~is_seen}
+    result = {name: mean_percent(correct[group]) for name, group in groups.items()}
     for name, group, images in (("seen", seen, is_seen), ("unseen", ~seen, ~is_seen)):
         among = np.where(group, logits, -np.inf).argmax(1) == labels
         result[f"{name}_among_{name}"] = mean_percent(among[images])
@@ -100,36 +96,28 @@ def predict(model, images, return_features=False, batch_size=512):
 # ------------------------------------------------------------------------------------------ the run folder
 
 
-def write_atomic(path, content):
-    """Write bytes so that `path` holds either what it held before or all of `content`, even after a power cut."""
+def write_atomic(path, write):
+    """Fill `path` by write(binary stream): it holds what it held before or all of the new, even after a crash."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    file, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(file, "wb") as stream:
-            stream.write(content)
+        with open(temporary, "wb") as stream:
+            write(stream)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def as_json(value):
-    return json.dumps(value, indent=2, default=str).encode() + b"\n"
+def write_text(path, text):
+    write_atomic(path, lambda stream: stream.write(text.encode()))
 
 
 NOT_COMPARED = ("device", "overwrite", "runs_dir", "data_root", "save_model")
-AT_LEAST = {
-    "epochs": 1,
-    "steps_per_epoch": 1,
-    "seed": 0,
-    "source_seed": 0,
-    "lr": 0,
-    "backbone_lr": 0,
-    "weight_decay": 0,
-}
+AT_LEAST_0 = ("seed", "source_seed", "lr", "backbone_lr", "weight_decay")
+AT_LEAST_1 = ("epochs", "steps_per_epoch")
 
 
 class Run:
@@ -157,21 +145,17 @@ class Run:
     def open(self, task):
         """The args, with the task's recipe in place of every None. Raises InputError if the folder holds a run with
         other arguments; if it holds a finished run with these, prints its result and ends the program."""
-        defaults = {
-            **task.recipe,
-            "source": task.source,
-            "target": task.target,
-            "seen_classes": str(int(task.seen.sum())),
-        }
+        defaults = {"source": task.source, "target": task.target, "seen_classes": str(int(task.seen.sum()))}
+        defaults |= task.recipe
         blank = {name: value for name, value in defaults.items() if getattr(self.args, name) is None}
         args = self.args = dataclasses.replace(self.args, **blank)
-        for name, least in AT_LEAST.items():
-            if not getattr(args, name) >= least:
+        for name in AT_LEAST_0 + AT_LEAST_1:
+            if not getattr(args, name) >= (least := int(name in AT_LEAST_1)):
                 raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {least} or more")
         where = f"{args.dataset}/{args.source}-{args.target}/{self.method}/split{args.split_seed}-seed{args.seed}"
         self.task, self.folder = task, Path(args.runs_dir) / where
         self.lines, self.seconds, self.steps, self.images, self.loss = [], 0.0, 0, 0, 0.0
-        self.record = json.loads(as_json({"method": self.method, **dataclasses.asdict(args)}))
+        self.record = {"method": self.method, **dataclasses.asdict(args)}
         if (self.folder / "args.json").exists() and not args.overwrite:
             old = read_json(self.folder / "args.json")
             names = [n for n in self.record | old if n not in NOT_COMPARED and self.record.get(n) != old.get(n)]
@@ -195,9 +179,8 @@ class Run:
         loss = float(self.loss) / (self.steps - before) if self.steps > before else None  # waits for the device
         speed = self.images / (time.perf_counter() - self.clock) if self.images else None
         if loss is not None and not np.isfinite(loss):
-            raise InputError(
-                f"the loss is {loss} in steps {before + 1} to {self.steps}, lr {self.args.lr}: try a lower one"
-            )
+            steps = f"steps {before + 1} to {self.steps}"
+            raise InputError(f"the loss is {loss} in {steps}, lr {self.args.lr}: try a lower one")
         self.test_logits = predict(model, self.task.target_test.images)
         figures = accuracies(self.test_logits, self.task.target_test.labels, self.task.seen)
         if epoch == 0:
@@ -206,12 +189,12 @@ class Run:
             correct = train_logits.argmax(1) == self.task.target_train.labels.numpy()
             self.source_train_accuracy = extras["train"] = mean_percent(correct)
             (self.folder / "done.json").unlink(missing_ok=True)
-            write_atomic(self.folder / "args.json", as_json(self.record))
+            write_text(self.folder / "args.json", json.dumps(self.record, indent=2))
             print(f"{self.folder}\nepoch     loss    seen  unseen overall  images/s  seconds")
         seconds = time.perf_counter() - self.started
         line = {"epoch": epoch, "step": self.steps, "loss": loss, **figures}
         self.lines.append({**line, "images_per_second": speed, "seconds": seconds, **extras})
-        write_atomic(self.folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines).encode())
+        write_text(self.folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
         cells = number(loss, 9, 4) + "".join(number(figures[k], 8) for k in ("seen", "unseen", "overall"))
         more = "".join(f"  {name} {value:.4g}" for name, value in extras.items() if isinstance(value, float))
         print(f"{epoch:5d}{cells}{number(speed, 10, 0)}{number(seconds, 9, 1)}{more}", flush=True)
@@ -230,17 +213,14 @@ class Run:
             "seen": task.seen.numpy(),
             "classes": np.array(task.classes),
         }
-        stream = io.BytesIO()
-        np.savez(stream, **arrays)
-        write_atomic(self.folder / "logits.npz", stream.getvalue())
+        write_atomic(self.folder / "logits.npz", lambda stream: np.savez(stream, **arrays))
         if self.args.save_model:
-            stream = io.BytesIO()
-            torch.save({"model": model.state_dict(), "classes": task.classes, "arch": self.args.arch}, stream)
-            write_atomic(self.folder / "model.pt", stream.getvalue())
+            content = {"model": model.state_dict(), "classes": task.classes, "arch": self.args.arch}
+            write_atomic(self.folder / "model.pt", lambda stream: torch.save(content, stream))
         final = accuracies(arrays["test_logits"], arrays["test_labels"], arrays["seen"])
         done = {"source": source_figures, "final": final, "args": self.record}
         done |= {"seconds": time.perf_counter() - self.started, "versions": versions(self.args.device)}
-        write_atomic(self.folder / "done.json", as_json(done))
+        write_text(self.folder / "done.json", json.dumps(done, indent=2))
         print(result_table(done))
 
 
@@ -270,9 +250,7 @@ def table(rows, style="md"):
         return json.dumps(rows, indent=2)
     if style == "csv":
         stream = io.StringIO()
-        writer = csv.DictWriter(stream, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        csv.writer(stream, lineterminator="\n").writerows([rows[0].keys(), *(row.values() for row in rows)])
         return stream.getvalue().rstrip()
     cells = [[name.replace("_", " ") for name in rows[0]]]
     cells += [[v if isinstance(v, str) else number(v) for v in row.values()] for row in rows]
@@ -291,19 +269,9 @@ def read_run(path):
     path = Path(path) / "logits.npz" if Path(path).is_dir() else Path(path)
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        logits, source = arrays["test_logits"], arrays["source_test_logits"]
-        labels, seen = arrays["test_labels"], arrays["seen"]
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        EOFError,
-        AttributeError,
-        TypeError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+            names = ("test_logits", "source_test_logits", "test_labels", "seen")
+            logits, source, labels, seen = (file[name] for name in names)
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path}: not the complete logits.npz of a run ({type(error).__name__}: {error})") from error
     check(source, labels, seen, f"{path}, source_test_logits")
     check(logits, labels, seen, f"{path}, test_logits")

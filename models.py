@@ -5,7 +5,6 @@ logits, features = model(images, return_features=True)
 """
 
 import hashlib
-import io
 import json
 from pathlib import Path
 
@@ -196,9 +195,8 @@ def source_model(task, arch, device="cpu", amp=None, weights=None, checkpoint=No
     model.amp = amp
     if checkpoint is None and not path.exists():
         train_source(model, task, seed, **task.source_recipe)
-        stream = io.BytesIO()
-        torch.save({"model": model.state_dict(), "classes": task.classes, "arch": arch}, stream)
-        write_atomic(path, stream.getvalue())
+        content = {"model": model.state_dict(), "classes": task.classes, "arch": arch}
+        write_atomic(path, lambda stream: torch.save(content, stream))
     else:
         saved = read_checkpoint(path, "--source-checkpoint")
         if isinstance(saved, dict) and isinstance(saved.get("model"), dict):

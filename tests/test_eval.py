@@ -90,11 +90,11 @@ def test_bad_arrays_are_named(change, message):
 
 def test_write_atomic_leaves_the_old_file_whole(tmp_path, monkeypatch):
     path = tmp_path / "deep" / "file"
-    evaluation.write_atomic(path, b"old")
+    evaluation.write_text(path, "old")
     monkeypatch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(OSError("no space left")))
     with pytest.raises(OSError, match="no space"):
-        evaluation.write_atomic(path, b"new")
-    assert path.read_bytes() == b"old" and os.listdir(path.parent) == ["file"]
+        evaluation.write_text(path, "new")
+    assert path.read_text() == "old" and os.listdir(path.parent) == ["file"]
 
 
 def test_tables():
