@@ -60,17 +60,23 @@ class Batches:
     def __len__(self):
         return len(self.split.labels) // self.batch_size
 
-    def __call__(self, step):
-        """images float [batch_size, c, H, W] in [0, 1], channels-last, and labels int64, both on the device."""
+    def __call__(self, step, classes=None):
+        """images float [batch_size, c, H, W] in [0, 1], channels-last, and labels int64, both on the device. With a
+        mask classes, bool [C], they are drawn from the images of those classes, with replacement."""
+        labels = self.split.labels
         epoch, i = divmod(step, len(self))
-        if self.order_of != epoch:
-            self.order = torch.randperm(len(self.split.labels), generator=generator("cpu", self.seed, 0, epoch))
-            self.order_of = epoch
-        index = self.order[i * self.batch_size : (i + 1) * self.batch_size]
+        if classes is not None:
+            pool = torch.nonzero(classes[labels]).flatten()
+            index = pool[torch.randint(len(pool), (self.batch_size,), generator=generator("cpu", self.seed, 2, step))]
+        else:
+            if self.order_of != epoch:
+                self.order = torch.randperm(len(labels), generator=generator("cpu", self.seed, 0, epoch))
+                self.order_of = epoch
+            index = self.order[i * self.batch_size : (i + 1) * self.batch_size]
         images = self.split.images[index].to(self.device, memory_format=torch.channels_last).float() / 255
         if self.augment and self.split.augmentation:
             images = random_affine(images, generator(self.device, self.seed, 1, step), **self.split.augmentation)
-        return images.contiguous(memory_format=torch.channels_last), self.split.labels[index].to(self.device)
+        return images.contiguous(memory_format=torch.channels_last), labels[index].to(self.device)
 
 
 # ------------------------------------------------------------------------------------------ tasks

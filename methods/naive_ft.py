@@ -99,8 +99,11 @@ if __name__ == "__main__":
         model = copy.deepcopy(source_model)
         if args.compile:
             model.compile()
-        rates = [{"params": model.backbone.parameters(), "lr": args.backbone_lr}, {"params": model.head.parameters()}]
-        optimizer = torch.optim.SGD(rates, args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
+        rates = [
+            {"params": model.backbone.parameters(), "lr": args.backbone_lr},
+            {"params": model.head.parameters(), "lr": args.lr},
+        ]
+        optimizer = torch.optim.SGD(rates, momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * args.steps_per_epoch)
         scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
 

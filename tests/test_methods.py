@@ -8,7 +8,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import QUICK, ROOT
 
 import eval as evaluation
@@ -138,80 +137,3 @@ def test_a_script_and_three_modules_are_all_it_takes(method, tmp_path, runs_dir,
     done = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "digits" / "mnist-optdigits" / method / "split0-seed0" / "done.json").exists()
-
-
-# ---------------------------------------------------------------- ht_distill's mathematics, against naive loops
-
-
-@pytest.fixture(scope="module")
-def ht_distill():
-    sys.path.insert(0, str(ROOT / "methods"))
-    try:
-        import ht_distill as module
-    finally:
-        sys.path.pop(0)
-    return module
-
-
-def loop_kl(logits, teacher, seen, outcomes, temperature):
-    total = 0.0
-    for z, z0 in zip(logits.tolist(), teacher.tolist(), strict=True):
-        p, q = (np.exp(np.array(v) / temperature) for v in (z0, z))
-        groups = [[k] for k in range(len(seen)) if outcomes == "all" or not seen[k]]
-        groups += [[k for k in range(len(seen)) if seen[k]]] if outcomes == "lumped" else []
-        p, q = (np.array([v[group].sum() for group in groups]) for v in (p, q))
-        p, q = p / p.sum(), q / q.sum()
-        total += (p * np.log(p / q)).sum()
-    return temperature**2 * total / len(logits)
-
-
-@pytest.mark.parametrize("outcomes", ["lumped", "unseen", "all"])
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_distillation(ht_distill, outcomes, temperature):
-    torch.manual_seed(0)
-    logits, teacher = torch.randn(2, 6, 5, dtype=torch.float64) * 3
-    seen = torch.tensor([True, False, True, False, False])
-    kl = ht_distill.distillation(logits, teacher, seen, outcomes, temperature)
-    assert kl.item() == pytest.approx(loop_kl(logits, teacher, seen, outcomes, temperature), abs=1e-9)
-    assert ht_distill.distillation(teacher, teacher, seen, outcomes, temperature).item() == pytest.approx(0, abs=1e-9)
-    # a constant added to all unseen logits: invisible to `unseen`, seen by the other two
-    sunk = ht_distill.distillation(logits - 2.0 * ~seen, teacher, seen, outcomes, temperature)
-    assert torch.isclose(sunk, kl) == (outcomes == "unseen")
-
-
-def test_lumped_distillation_leaves_the_seen_classes_free(ht_distill):
-    seen = torch.tensor([True, False, True, False])
-    teacher = torch.tensor([[3.0, 0.0, 1.0, 2.0]])
-    moved = teacher.clone()
-    moved[0, [0, 2]] = torch.tensor([1.0, 3.0])  # same logsumexp over the seen classes, another order of them
-    assert ht_distill.distillation(moved, teacher, seen, "lumped", 1.0).item() == pytest.approx(0, abs=1e-6)
-    assert ht_distill.distillation(moved, teacher, seen, "all", 1.0).item() > 0.1
-
-
-def test_decorrelation(ht_distill):
-    torch.manual_seed(0)
-    features = torch.randn(50, 6, dtype=torch.float64)
-    correlation = np.corrcoef(features.numpy().T)
-    want = np.mean([correlation[i, j] ** 2 for i in range(6) for j in range(6) if i != j])
-    assert ht_distill.decorrelation(features).item() == pytest.approx(want, abs=1e-5)
-    orthogonal = torch.linalg.qr(torch.cat([torch.ones(50, 1, dtype=torch.float64), features], 1))[0][:, 1:]
-    assert ht_distill.decorrelation(orthogonal).item() == pytest.approx(0, abs=1e-9)
-    assert ht_distill.decorrelation(features[:, :1].repeat(1, 4)).item() == pytest.approx(1, abs=1e-4)
-    dead = torch.relu(features - 100).requires_grad_()
-    ht_distill.decorrelation(dead).backward()
-    assert torch.isfinite(dead.grad).all(), "features that ReLU has switched off must not give nan"
-
-
-def test_effective_rank(ht_distill):
-    assert ht_distill.effective_rank(np.eye(7)[:, :5]) == pytest.approx(5)
-    assert ht_distill.effective_rank(np.outer(np.arange(1, 9), np.ones(5))) == pytest.approx(1, abs=1e-6)
-    share = np.array([3, 1]) / 4
-    assert ht_distill.effective_rank(np.diag([3.0, 1.0])) == pytest.approx(np.exp(-(share * np.log(share)).sum()))
-
-
-def test_cross_entropy_over_seen_logits_does_not_touch_the_unseen():
-    torch.manual_seed(0)
-    logits, seen = torch.randn(6, 5, requires_grad=True), torch.tensor([True, False, True, False, False])
-    loss = F.cross_entropy(logits.masked_fill(~seen, -torch.inf), torch.tensor([0, 2, 0, 2, 2, 0]))
-    loss.backward()
-    assert (logits.grad[:, ~seen] == 0).all() and (logits.grad[:, seen] != 0).all()

@@ -1,0 +1,171 @@
+"""Gradient projection: a step may fit the seen classes, but not at the cost of what the source model knows.
+
+P measures what must be preserved: the distillation of ht_distill (unseen classes, and all seen ones as one outcome),
+or with --reference gap how far the mean seen-minus-unseen logit gap has moved from the source's. Where the gradient g
+of cross-entropy conflicts with p, the gradient of P (g.p < 0: the step would raise P), its part along p is taken out:
+
+    g <- g - (g.p / p.p) p        one-sided, before momentum; the rule of A-GEM (ICLR 2019, arXiv 1812.00420)
+
+Differs from A-GEM: P needs no data of the source. P is ours.
+
+    python methods/grad_proj.py
+"""
+
+import copy
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # data, models and eval: beside this file or one folder up
+import data
+import models
+from eval import Run
+
+
+@dataclass
+class Args:
+    dataset: str = "digits"
+    """a name in data.DATASETS"""
+    source: str | None = None
+    """domain of the source model; None, here and below: what the data set's recipe in data.py says"""
+    target: str | None = None
+    """domain to adapt to"""
+    seen_classes: str | None = None
+    """classes with target training images: how many (drawn by split_seed), or a file with a name per line"""
+    oracle: bool = False
+    """train on target images of all classes: the upper bound, not a method"""
+    split_seed: int = 0
+    """which classes are seen, and which target images are for training"""
+    seed: int = 0
+    """order and augmentation of the training images, and all other randomness of the method"""
+    source_seed: int = 0
+    """the source model's training"""
+    arch: str | None = None
+    """small_cnn, lenet, or a classifier of torchvision (resnet50, vit_b_16, ...)"""
+    weights: str | None = None
+    """where a torchvision backbone starts before source training: imagenet, none, or a state dict's file"""
+    source_checkpoint: str | None = None
+    """a source model to start from instead of training one"""
+    epochs: int | None = None
+    """evaluations after the source model's; the last one counts"""
+    steps_per_epoch: int | None = None
+    """gradient steps between two evaluations"""
+    batch_size: int | None = None
+    """images per step"""
+    lr: float | None = None
+    """initial learning rate of the head (cosine schedule to 0)"""
+    backbone_lr: float | None = None
+    """initial learning rate of the backbone"""
+    weight_decay: float = 5e-4
+    """on every parameter that trains"""
+    clip_grad: float | None = None
+    """largest norm of the gradient; inf: no clipping"""
+    bn_mode: Literal["eval", "train"] = "eval"
+    """BatchNorm while adapting: eval keeps the source's statistics, train is the published recipe"""
+    augment: bool = True
+    """random augmentation of the training images (its strength belongs to the data set)"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps"""
+    amp: Literal["auto", "bfloat16", "float16", "off"] = "auto"
+    """autocast dtype; auto: off on a CPU"""
+    compile: bool = False
+    """torch.compile the model"""
+    data_root: str | None = None
+    """folder with one folder per data set; None: $HT_DATA, else data/"""
+    runs_dir: str = "runs"
+    """where run folders and source models are kept"""
+    name: str | None = None
+    """the method's name in the run folder, to keep variants apart; None: this script's"""
+    save_model: bool = True
+    """keep the adapted weights as model.pt"""
+    overwrite: bool = False
+    """run again what is finished"""
+    reference: Literal["lumped", "gap"] = "lumped"
+    """what P preserves"""
+    scope: Literal["global", "layer"] = "global"
+    """project the whole gradient, or every parameter's by itself"""
+
+
+def preservation(logits, source_logits, seen, reference):
+    """P >= 0 for logits [N, C], 0 where they are the source's: see the header."""
+    if reference == "gap":
+        gap, source_gap = (z[:, seen].mean() - z[:, ~seen].mean() for z in (logits, source_logits))
+        return (gap - source_gap).square()
+    lumped = (torch.cat([z[:, ~seen], z[:, seen].logsumexp(1, keepdim=True)], 1) for z in (logits, source_logits))
+    student, teacher = (F.log_softmax(z, 1) for z in lumped)
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def project(gradients, references, scope):
+    """Take out of the gradients g what conflicts with the references p: g - min(0, g.p) / p.p p, in float32, over all
+    tensors as one vector (scope global) or each by itself (layer). Returns the new ones, the cosine of g and p
+    over all tensors, and the share of vectors that conflicted, both as tensors."""
+    g, p = ([x.float() for x in xs] for xs in (gradients, references))
+    dot, pp, gg = (torch.stack([(a * b).sum() for a, b in zip(x, y, strict=True)]) for x, y in ((g, p), (p, p), (g, g)))
+    cosine = dot.sum() / (pp.sum() * gg.sum()).sqrt().clamp_min(1e-30)
+    if scope == "global":
+        dot, pp = dot.sum().expand(len(g)), pp.sum().expand(len(g))
+    factor = dot.clamp_max(0) / pp.clamp_min(1e-30)  # p = 0 conflicts with nothing
+    return [a - f * b for a, b, f in zip(g, p, factor, strict=True)], cosine, (dot < 0).float().mean()
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    with Run(__file__, args) as run:
+        device, amp = models.device_and_amp(args.device, args.amp)
+        task = data.load_task(
+            args.dataset, args.source, args.target, args.seen_classes, args.split_seed, args.oracle, args.data_root
+        )
+        args = run.open(task)
+        batches = task.target_train.batches(args.batch_size, device, args.seed, args.augment)
+        source_model = models.source_model(
+            task, args.arch, device, amp, args.weights, args.source_checkpoint, args.source_seed, args.runs_dir
+        )
+        torch.manual_seed(args.seed)
+        model = copy.deepcopy(source_model)
+        if args.compile:
+            model.compile()
+        rates = [
+            {"params": model.backbone.parameters(), "lr": args.backbone_lr},
+            {"params": model.head.parameters(), "lr": args.lr},
+        ]
+        optimizer = torch.optim.SGD(rates, momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * args.steps_per_epoch)
+        scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
+        seen = (task.seen | args.oracle).to(device)  # with images of all classes, none is unseen
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+        run.evaluate(0, model)
+        for epoch in range(1, args.epochs + 1):
+            model.train()
+            for layer in models.batchnorms(model):
+                layer.train(args.bn_mode == "train")
+            cosines, shares = [], []
+            for step in range((epoch - 1) * args.steps_per_epoch, epoch * args.steps_per_epoch):
+                images, labels = batches(step)
+                with torch.no_grad():
+                    source_logits = source_model(images)
+                logits = model(images)
+                loss = F.cross_entropy(logits, labels)
+                kept = preservation(logits, source_logits, seen, args.reference)
+                gradients = torch.autograd.grad(scaler.scale(loss), trained, retain_graph=True)
+                references = torch.autograd.grad(scaler.scale(kept), trained)
+                projected, cosine, share = project(gradients, references, args.scope)
+                for parameter, gradient in zip(trained, projected, strict=True):
+                    parameter.grad = gradient
+                cosines.append(cosine)
+                shares.append(share)
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+                scaler.step(optimizer)
+                scaler.update()
+                scheduler.step()
+                run.step(loss, images)
+            cosine, projected = float(torch.stack(cosines).mean()), float(torch.stack(shares).mean())
+            run.evaluate(epoch, model, cosine=cosine, projected=projected)
+        run.finish(model)

@@ -1,0 +1,153 @@
+"""LP-FT: fit the head first, on features computed once, then fine-tune everything from there.
+
+A head that fits already asks less of the features (Kumar et al., ICLR 2022, arXiv 2202.10054). Differs from the paper:
+the probe starts at the source model's head, which knows these classes; the number of its updates and the fine-tuning
+rate, a tenth of naive_ft's, are ours.
+
+    python methods/lp_ft.py
+"""
+
+import copy
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # data, models and eval: beside this file or one folder up
+import data
+import models
+from eval import Run, predict
+
+
+@dataclass
+class Args:
+    dataset: str = "digits"
+    """a name in data.DATASETS"""
+    source: str | None = None
+    """domain of the source model; None, here and below: what the data set's recipe in data.py says"""
+    target: str | None = None
+    """domain to adapt to"""
+    seen_classes: str | None = None
+    """classes with target training images: how many (drawn by split_seed), or a file with a name per line"""
+    oracle: bool = False
+    """train on target images of all classes: the upper bound, not a method"""
+    split_seed: int = 0
+    """which classes are seen, and which target images are for training"""
+    seed: int = 0
+    """order and augmentation of the training images, and all other randomness of the method"""
+    source_seed: int = 0
+    """the source model's training"""
+    arch: str | None = None
+    """small_cnn, lenet, or a classifier of torchvision (resnet50, vit_b_16, ...)"""
+    weights: str | None = None
+    """where a torchvision backbone starts before source training: imagenet, none, or a state dict's file"""
+    source_checkpoint: str | None = None
+    """a source model to start from instead of training one"""
+    epochs: int | None = None
+    """evaluations after the source model's; the last one counts"""
+    steps_per_epoch: int | None = None
+    """gradient steps between two evaluations"""
+    batch_size: int | None = None
+    """images per step"""
+    lr: float | None = None
+    """initial learning rate of the head (cosine schedule to 0)"""
+    backbone_lr: float | None = None
+    """initial learning rate of the backbone"""
+    weight_decay: float = 5e-4
+    """on every parameter that trains"""
+    clip_grad: float | None = None
+    """largest norm of the gradient; inf: no clipping"""
+    bn_mode: Literal["eval", "train"] = "eval"
+    """BatchNorm while adapting: eval keeps the source's statistics, train is the published recipe"""
+    augment: bool = True
+    """random augmentation of the training images (its strength belongs to the data set)"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps"""
+    amp: Literal["auto", "bfloat16", "float16", "off"] = "auto"
+    """autocast dtype; auto: off on a CPU"""
+    compile: bool = False
+    """torch.compile the model"""
+    data_root: str | None = None
+    """folder with one folder per data set; None: $HT_DATA, else data/"""
+    runs_dir: str = "runs"
+    """where run folders and source models are kept"""
+    name: str | None = None
+    """the method's name in the run folder, to keep variants apart; None: this script's"""
+    save_model: bool = True
+    """keep the adapted weights as model.pt"""
+    overwrite: bool = False
+    """run again what is finished"""
+    probe_steps: int = 300
+    """updates of the head on stored features, with lr and a cosine schedule"""
+    ft_lr_scale: float = 0.1
+    """factor on both learning rates after the probe"""
+
+
+def fit_head(head, features, labels, steps, batch_size, lr, weight_decay, seed):
+    """Train the linear head on features [N, D] and labels [N] that lie on its device; returns nothing."""
+    optimizer = torch.optim.SGD(head.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=weight_decay)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    rng = data.generator(labels.device, seed, 2)
+    for _ in range(steps):
+        index = torch.randint(len(labels), (batch_size,), generator=rng, device=labels.device)
+        loss = F.cross_entropy(head(features[index]), labels[index])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    with Run(__file__, args) as run:
+        device, amp = models.device_and_amp(args.device, args.amp)
+        task = data.load_task(
+            args.dataset, args.source, args.target, args.seen_classes, args.split_seed, args.oracle, args.data_root
+        )
+        args = run.open(task)
+        batches = task.target_train.batches(args.batch_size, device, args.seed, args.augment)
+        source_model = models.source_model(
+            task, args.arch, device, amp, args.weights, args.source_checkpoint, args.source_seed, args.runs_dir
+        )
+        torch.manual_seed(args.seed)
+        model = copy.deepcopy(source_model)
+        if args.compile:
+            model.compile()
+        rates = [
+            {"params": model.backbone.parameters(), "lr": args.backbone_lr},
+            {"params": model.head.parameters(), "lr": args.lr},
+        ]
+        for rate in rates:
+            rate["lr"] *= args.ft_lr_scale
+        optimizer = torch.optim.SGD(rates, momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * args.steps_per_epoch)
+        scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
+
+        run.evaluate(0, model)
+        _, features = predict(model, task.target_train.images, return_features=True)
+        features, labels = torch.from_numpy(features).to(device), task.target_train.labels.to(device)
+        fit_head(model.head, features, labels, args.probe_steps, args.batch_size, args.lr, args.weight_decay, args.seed)
+        with torch.no_grad():
+            probe = 100 * float((model.head(features).argmax(1) == labels).float().mean())
+        print(f"after the probe the head has {probe:.2f} % on the training images")
+        for epoch in range(1, args.epochs + 1):
+            model.train()
+            for layer in models.batchnorms(model):
+                layer.train(args.bn_mode == "train")
+            for step in range((epoch - 1) * args.steps_per_epoch, epoch * args.steps_per_epoch):
+                images, labels = batches(step)
+                loss = F.cross_entropy(model(images), labels)
+                optimizer.zero_grad()
+                scaler.scale(loss).backward()
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+                scaler.step(optimizer)
+                scaler.update()
+                scheduler.step()
+                run.step(loss, images)
+            run.evaluate(epoch, model)
+        run.finish(model)

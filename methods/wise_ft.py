@@ -1,0 +1,178 @@
+"""WiSE-FT: fine-tune, then go back part of the way to the source model.
+
+    w(a) = (1 - a) w0 + a w       for a in 0, 0.1 ... 1; the result is a = 0.5
+
+(Wortsman et al., CVPR 2022, arXiv 2109.01903.) --mode logits averages the two models' logits instead. Differs from the
+paper: BatchNorm statistics are averaged like weights, or re-estimated on the target images with --reestimate-bn.
+
+    python methods/wise_ft.py
+"""
+
+import copy
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # data, models and eval: beside this file or one folder up
+import data
+import models
+from eval import Run, accuracies, predict
+
+
+@dataclass
+class Args:
+    dataset: str = "digits"
+    """a name in data.DATASETS"""
+    source: str | None = None
+    """domain of the source model; None, here and below: what the data set's recipe in data.py says"""
+    target: str | None = None
+    """domain to adapt to"""
+    seen_classes: str | None = None
+    """classes with target training images: how many (drawn by split_seed), or a file with a name per line"""
+    oracle: bool = False
+    """train on target images of all classes: the upper bound, not a method"""
+    split_seed: int = 0
+    """which classes are seen, and which target images are for training"""
+    seed: int = 0
+    """order and augmentation of the training images, and all other randomness of the method"""
+    source_seed: int = 0
+    """the source model's training"""
+    arch: str | None = None
+    """small_cnn, lenet, or a classifier of torchvision (resnet50, vit_b_16, ...)"""
+    weights: str | None = None
+    """where a torchvision backbone starts before source training: imagenet, none, or a state dict's file"""
+    source_checkpoint: str | None = None
+    """a source model to start from instead of training one"""
+    epochs: int | None = None
+    """evaluations after the source model's; the last one counts"""
+    steps_per_epoch: int | None = None
+    """gradient steps between two evaluations"""
+    batch_size: int | None = None
+    """images per step"""
+    lr: float | None = None
+    """initial learning rate of the head (cosine schedule to 0)"""
+    backbone_lr: float | None = None
+    """initial learning rate of the backbone"""
+    weight_decay: float = 5e-4
+    """on every parameter that trains"""
+    clip_grad: float | None = None
+    """largest norm of the gradient; inf: no clipping"""
+    bn_mode: Literal["eval", "train"] = "eval"
+    """BatchNorm while adapting: eval keeps the source's statistics, train is the published recipe"""
+    augment: bool = True
+    """random augmentation of the training images (its strength belongs to the data set)"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps"""
+    amp: Literal["auto", "bfloat16", "float16", "off"] = "auto"
+    """autocast dtype; auto: off on a CPU"""
+    compile: bool = False
+    """torch.compile the model"""
+    data_root: str | None = None
+    """folder with one folder per data set; None: $HT_DATA, else data/"""
+    runs_dir: str = "runs"
+    """where run folders and source models are kept"""
+    name: str | None = None
+    """the method's name in the run folder, to keep variants apart; None: this script's"""
+    save_model: bool = True
+    """keep the adapted weights as model.pt"""
+    overwrite: bool = False
+    """run again what is finished"""
+    mode: Literal["weights", "logits"] = "weights"
+    """what is averaged"""
+    a: float = 0.5
+    """share of the fine-tuned model in the result"""
+    reestimate_bn: bool = False
+    """re-estimate BatchNorm statistics of averaged weights (0 < a < 1) on the target training images"""
+
+
+class Ensemble(torch.nn.Module):
+    """(1 - a) of the source model's and a of the model's logits and features."""
+
+    def __init__(self, source_model, model, a):
+        super().__init__()
+        self.source_model, self.model, self.a = source_model, model, a
+
+    def forward(self, images, return_features=False):
+        both = zip(self.source_model(images, True), self.model(images, True), strict=True)
+        logits, features = (torch.lerp(z0, z, self.a) for z0, z in both)
+        return (logits, features) if return_features else logits
+
+
+@torch.no_grad()
+def interpolate(source_model, model, a, batches=None):
+    """A model with weights and buffers (1 - a) w0 + a w in float32; with batches, its BatchNorm statistics are the
+    average over one pass of them, unless a is 0 or 1."""
+    result = copy.deepcopy(source_model)
+    for w0, w in zip(result.state_dict().values(), model.state_dict().values(), strict=True):
+        if w0.is_floating_point():
+            w0.copy_(torch.lerp(w0.float(), w.float(), a))
+    if batches is not None and 0 < a < 1:
+        for layer in models.batchnorms(result):
+            layer.reset_running_stats()
+            layer.momentum = None
+            layer.train()
+        for step in range(len(batches)):
+            result(batches(step)[0])
+    return result.eval()
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    with Run(__file__, args) as run:
+        device, amp = models.device_and_amp(args.device, args.amp)
+        task = data.load_task(
+            args.dataset, args.source, args.target, args.seen_classes, args.split_seed, args.oracle, args.data_root
+        )
+        args = run.open(task)
+        batches = task.target_train.batches(args.batch_size, device, args.seed, args.augment)
+        source_model = models.source_model(
+            task, args.arch, device, amp, args.weights, args.source_checkpoint, args.source_seed, args.runs_dir
+        )
+        torch.manual_seed(args.seed)
+        model = copy.deepcopy(source_model)
+        if args.compile:
+            model.compile()
+        rates = [
+            {"params": model.backbone.parameters(), "lr": args.backbone_lr},
+            {"params": model.head.parameters(), "lr": args.lr},
+        ]
+        optimizer = torch.optim.SGD(rates, momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * args.steps_per_epoch)
+        scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
+
+        run.evaluate(0, model)
+        for epoch in range(1, args.epochs + 1):
+            model.train()
+            for layer in models.batchnorms(model):
+                layer.train(args.bn_mode == "train")
+            for step in range((epoch - 1) * args.steps_per_epoch, epoch * args.steps_per_epoch):
+                images, labels = batches(step)
+                loss = F.cross_entropy(model(images), labels)
+                optimizer.zero_grad()
+                scaler.scale(loss).backward()
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+                scaler.step(optimizer)
+                scaler.update()
+                scheduler.step()
+                run.step(loss, images)
+            run.evaluate(epoch, model)
+
+        def averaged(a):
+            if args.mode == "logits":
+                return Ensemble(source_model, model, a)
+            return interpolate(source_model, model, a, batches if args.reestimate_bn else None)
+
+        curve = []
+        for a in [i / 10 for i in range(11)]:
+            logits = predict(averaged(a), task.target_test.images)
+            curve.append({"a": a, **accuracies(logits, task.target_test.labels, task.seen)})
+            print("a {a:.1f}  seen {seen:6.2f}  unseen {unseen:6.2f}  overall {overall:6.2f}".format(**curve[-1]))
+        model = averaged(args.a)
+        run.evaluate(args.epochs + 1, model, curve=curve)
+        run.finish(model)

@@ -1,0 +1,390 @@
+"""The mathematics of every method against naive loops, closed forms and limit cases."""
+
+import copy
+import importlib
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+
+import models
+
+
+@pytest.fixture(scope="module", autouse=True)
+def methods_can_be_imported():
+    sys.path.insert(0, str(ROOT / "methods"))
+    yield
+    sys.path.remove(str(ROOT / "methods"))
+
+
+def method(name):
+    return importlib.import_module(name)
+
+
+@pytest.fixture
+def ht_distill():
+    return method("ht_distill")
+
+
+SEEN = torch.tensor([True, False, True, False, False])
+
+
+# ---------------------------------------------------------------- ht_distill
+
+
+def loop_kl(logits, teacher, seen, outcomes):
+    total, masses = 0.0, []
+    for z, z0 in zip(logits.tolist(), teacher.tolist(), strict=True):
+        p, q = (np.exp(np.array(v)) for v in (z0, z))
+        masses.append([v[seen.numpy()].sum() / v.sum() for v in (p, q)])
+        groups = [[k] for k in range(len(seen)) if outcomes == "all" or not seen[k]]
+        groups += [[k for k in range(len(seen)) if seen[k]]] if outcomes == "lumped" else []
+        p, q = (np.array([v[group].sum() for group in groups]) for v in (p, q))
+        p, q = p / p.sum(), q / q.sum()
+        total += (p * np.log(p / q)).sum() / len(logits)
+    if outcomes == "mass":
+        p, q = np.mean(masses, 0)
+        return p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
+    return total
+
+
+OUTCOMES = ["mass", "lumped", "unseen", "all"]
+
+
+@pytest.mark.parametrize("outcomes", OUTCOMES)
+def test_distillation(ht_distill, outcomes):
+    torch.manual_seed(0)
+    logits, teacher = torch.randn(2, 6, 5, dtype=torch.float64) * 3
+    kl = ht_distill.distillation(logits, teacher, SEEN, outcomes)
+    assert kl.item() == pytest.approx(loop_kl(logits, teacher, SEEN, outcomes), abs=1e-9)
+    assert ht_distill.distillation(teacher, teacher, SEEN, outcomes).item() == pytest.approx(0, abs=1e-9)
+    # a constant added to all unseen logits: invisible to `unseen`, seen by the others
+    sunk = ht_distill.distillation(logits - 2.0 * ~SEEN, teacher, SEEN, outcomes)
+    assert torch.isclose(sunk, kl) == (outcomes == "unseen")
+
+
+@pytest.mark.parametrize("outcomes", OUTCOMES)
+def test_distillation_is_finite_where_nothing_is_unseen_or_all_is_certain(ht_distill, outcomes):
+    logits = (torch.eye(5)[:, [1, 2, 3, 4, 0]] * 200).requires_grad_()
+    for seen in (SEEN, torch.ones(5, dtype=torch.bool)):
+        kl = ht_distill.distillation(logits, torch.eye(5) * 200, seen, outcomes)
+        (gradient,) = torch.autograd.grad(kl, logits)
+        assert torch.isfinite(kl) and torch.isfinite(gradient).all()
+
+
+def test_what_each_distillation_leaves_free(ht_distill):
+    seen = torch.tensor([True, False, True, False])
+    teacher = torch.tensor([[3.0, 0.0, 1.0, 2.0], [0.0, 1.0, 2.0, 0.5]])
+    swapped_seen = teacher[:, [2, 1, 0, 3]]  # the seen logits change places
+    swapped_unseen = teacher[:, [0, 3, 2, 1]]
+    swapped_images = teacher[[1, 0]]
+    for moved, free in ((swapped_seen, "mass lumped unseen"), (swapped_unseen, "mass"), (swapped_images, "mass")):
+        for outcomes in OUTCOMES:
+            kl = ht_distill.distillation(moved, teacher, seen, outcomes).item()
+            assert (kl < 1e-6) == (outcomes in free.split()), (outcomes, kl)
+
+
+def test_cut_mix_takes_every_pixel_from_one_of_two_images(ht_distill):
+    images = torch.arange(1.0, 101).view(100, 1, 1, 1).expand(100, 1, 20, 20)
+    mixed = ht_distill.cut_mix(images, torch.Generator().manual_seed(0))
+    own, other = mixed == images, mixed == images.roll(1, 0)
+    assert (own | other).all()
+    share = own.float().mean((1, 2, 3))
+    assert 0.15 < share.min() < 0.3 and 0.7 < share.max() < 0.85 and 0.45 < share.mean() < 0.55
+    upright = (own == own[:, :, :1]).all(3).all(2).all(1)  # every row alike: a cut from side to side
+    assert 30 < upright.sum() < 70 and (own == own[:, :, :, :1]).all(3).all(2).all(1)[~upright].all()
+    assert ht_distill.cut_mix(images[:0], torch.Generator()).shape == (0, 1, 20, 20)
+
+
+def test_rates_fall_with_depth(ht_distill):
+    first, second, last = torch.zeros(1), torch.zeros(2), torch.zeros(3)
+    groups = ht_distill.slow_down([{"params": iter([first, second]), "lr": 0.1}, {"params": [last], "lr": 0.2}], 0.04)
+    assert [group["params"][0] is tensor for group, tensor in zip(groups, (first, second, last), strict=True)] == [
+        True
+    ] * 3
+    assert [group["lr"] for group in groups] == pytest.approx([0.1, 0.1 * 0.2, 0.2 * 0.04])
+
+
+def test_decorrelation(ht_distill):
+    torch.manual_seed(0)
+    features = torch.randn(50, 6, dtype=torch.float64)
+    correlation = np.corrcoef(features.numpy().T)
+    want = np.mean([correlation[i, j] ** 2 for i in range(6) for j in range(6) if i != j])
+    assert ht_distill.decorrelation(features).item() == pytest.approx(want, abs=1e-5)
+    orthogonal = torch.linalg.qr(torch.cat([torch.ones(50, 1, dtype=torch.float64), features], 1))[0][:, 1:]
+    assert ht_distill.decorrelation(orthogonal).item() == pytest.approx(0, abs=1e-9)
+    assert ht_distill.decorrelation(features[:, :1].repeat(1, 4)).item() == pytest.approx(1, abs=1e-4)
+    dead = torch.relu(features - 100).requires_grad_()
+    ht_distill.decorrelation(dead).backward()
+    assert torch.isfinite(dead.grad).all(), "features that ReLU has switched off must not give nan"
+
+
+def test_effective_rank(ht_distill, monkeypatch):
+    for features, want in (
+        (np.eye(7)[:, :5], 5),
+        (np.outer(np.arange(1, 9), np.ones(5)), 1),
+        (np.diag([3.0, 1.0, 0.0]), math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))),
+    ):
+        monkeypatch.setattr(ht_distill, "predict", lambda model, images, return_features, f=features: (None, f))
+        assert ht_distill.effective_rank(None, None) == pytest.approx(want, abs=1e-5)
+
+
+# ---------------------------------------------------------------- masked_ft
+
+
+def test_restricted_cross_entropy():
+    torch.manual_seed(0)
+    loss = method("masked_ft").restricted_cross_entropy
+    logits, labels = torch.randn(6, 5, dtype=torch.float64), torch.tensor([0, 2, 0, 2, 2, 0])
+    assert loss(logits, labels, SEEN, 1.0) == F.cross_entropy(logits, labels)
+    only_seen = F.cross_entropy(logits[:, SEEN], torch.tensor([0, 1, 0, 1, 1, 0]))
+    assert loss(logits, labels, SEEN, 0.0).item() == pytest.approx(only_seen.item(), abs=1e-12)
+    want = 0.0
+    for z, y in zip(logits.tolist(), labels.tolist(), strict=True):  # FedRS with alpha 0.3
+        scaled = [v if s else 0.3 * v for v, s in zip(z, SEEN.tolist(), strict=True)]
+        want += (math.log(sum(map(math.exp, scaled))) - scaled[y]) / 6
+    assert loss(logits, labels, SEEN, 0.3).item() == pytest.approx(want, abs=1e-12)
+
+
+def test_masked_cross_entropy_does_not_touch_the_unseen_rows():
+    torch.manual_seed(0)
+    head, features = torch.nn.Linear(4, 5), torch.randn(6, 4)
+    labels = torch.tensor([0, 2, 0, 2, 2, 0])
+    method("masked_ft").restricted_cross_entropy(head(features), labels, SEEN, 0.0).backward()
+    assert (head.weight.grad[~SEEN] == 0).all() and (head.bias.grad[~SEEN] == 0).all()
+    assert (head.weight.grad[SEEN].abs().sum(1) > 0).all()
+
+
+# ---------------------------------------------------------------- grad_proj
+
+
+def flat(lists):
+    return [value for values in lists for value in values]
+
+
+def loop_project(g, p):
+    dot = sum(a * b for a, b in zip(g, p, strict=True))
+    pp = sum(b * b for b in p)
+    return [a - dot / pp * b for a, b in zip(g, p, strict=True)] if dot < 0 else list(g)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_projection_against_a_loop(seed, scope):
+    torch.manual_seed(seed)
+    g, p = ([torch.randn(shape) for shape in ((3, 2), (4,), (2, 2, 2))] for _ in range(2))
+    got, cosine, share = method("grad_proj").project(g, p, scope)
+    flat_g, flat_p = ([x.double().flatten().tolist() for x in xs] for xs in (g, p))
+    if scope == "layer":
+        want = [v for a, b in zip(flat_g, flat_p, strict=True) for v in loop_project(a, b)]
+        conflicts = [np.dot(a, b) < 0 for a, b in zip(flat_g, flat_p, strict=True)]
+    else:
+        want = loop_project(flat(flat_g), flat(flat_p))
+        conflicts = [np.dot(flat(flat_g), flat(flat_p)) < 0]
+    assert torch.cat([x.flatten() for x in got]).tolist() == pytest.approx(want, abs=1e-5)
+    assert share.item() == pytest.approx(np.mean(conflicts))
+    a, b = np.array(flat(flat_g)), np.array(flat(flat_p))
+    assert cosine.item() == pytest.approx(a @ b / np.sqrt((a @ a) * (b @ b)), abs=1e-5)
+    dots = [float((x * y).sum()) for x, y in zip(got, p, strict=True)]
+    assert min(dots) >= -1e-5 if scope == "layer" else sum(dots) >= -1e-5
+
+
+def test_projection_in_float32_and_without_a_reference():
+    project = method("grad_proj").project
+    half, _, _ = project([torch.ones(3, dtype=torch.bfloat16)], [-torch.ones(3, dtype=torch.bfloat16)], "global")
+    assert half[0].dtype == torch.float32 and half[0].abs().max() == 0
+    same, cosine, share = project([torch.ones(3)], [torch.zeros(3)], "global")
+    assert torch.equal(same[0], torch.ones(3)) and cosine == 0 and share == 0
+
+
+@pytest.mark.parametrize("reference", ["lumped", "gap"])
+def test_preservation_is_zero_at_the_source_and_feels_the_unseen_sink(reference):
+    torch.manual_seed(0)
+    logits = torch.randn(6, 5)
+    preservation = method("grad_proj").preservation
+    assert preservation(logits, logits, SEEN, reference).item() == pytest.approx(0, abs=1e-6)
+    sunk = (logits - 1.0 * ~SEEN).requires_grad_()
+    kept = preservation(sunk, logits, SEEN, reference)
+    kept.backward()
+    assert kept > 0.01 and (sunk.grad.sum(0)[~SEEN] < 0).all(), "raising the unseen logits lowers it"
+
+
+# ---------------------------------------------------------------- l2_sp
+
+
+def test_pull_is_the_gradient_of_its_penalty():
+    torch.manual_seed(0)
+    start = [torch.randn(3, 2), torch.randn(4)]
+    w = [(tensor + torch.randn_like(tensor)).requires_grad_() for tensor in start]
+    loss = sum((tensor**3).sum() for tensor in w)
+    penalty = 0.7 / 2 * sum(((a - b) ** 2).sum() for a, b in zip(w, start, strict=True))
+    want = torch.autograd.grad(loss + penalty, w)
+    loss = sum((tensor**3).sum() for tensor in w)
+    loss.backward()
+    method("l2_sp").pull_to(start, w, 0.7)
+    for tensor, gradient in zip(w, want, strict=True):
+        torch.testing.assert_close(tensor.grad, gradient)
+
+
+# ---------------------------------------------------------------- lolsgd
+
+
+def test_drawn_classes():
+    draw = method("lolsgd").draw_classes
+    seen = torch.arange(20) % 2 == 0
+    drawn = [draw(seen, 0.4, torch.Generator().manual_seed(i)) for i in range(20)]
+    assert all(int(kept.sum()) == 6 and not (kept & ~seen).any() for kept in drawn)
+    assert len({tuple(kept.tolist()) for kept in drawn}) > 10
+    assert torch.equal(draw(seen, 0.0, torch.Generator()), seen)
+    assert draw(seen, 1.0, torch.Generator()).sum() == 2
+
+
+def test_average_of_the_copies_against_a_loop():
+    """Copies that take known steps end in their mean, BatchNorm buffers too, and each starts where the round began."""
+
+    class Args:
+        copies, tau, left_out, seed, epochs, steps_per_epoch = 3, 2, 0.5, 0, 1, 12
+
+    model = torch.nn.BatchNorm1d(2)
+    optimizer, spreads, steps = torch.optim.SGD(model.parameters(), 1.0), [], []
+    want_weight, want_mean = 1.0, 0.0
+    ends = []
+    for step, kept in method("lolsgd").local_rounds(model, optimizer, torch.ones(4).bool(), Args, 1, spreads):
+        steps.append(step)
+        copy_ = step // 2
+        if step % 2 == 0:
+            assert float(model.weight.detach()[0]) == pytest.approx(want_weight), "a copy starts where the round began"
+            assert kept.sum() == 2
+        with torch.no_grad():
+            model.weight += copy_ + 1
+            model.running_mean += 0.1 * (copy_ + 1)
+        if step % 2 == 1:
+            ends.append(2 * (copy_ + 1))
+        if step % 6 == 5:
+            want_weight += sum(ends[-3:]) / 3
+            want_mean += 0.1 * sum(ends[-3:]) / 3
+    assert steps == list(range(12)) and len(spreads) == 2
+    assert model.weight.tolist() == pytest.approx([want_weight] * 2)
+    assert model.running_mean.tolist() == pytest.approx([want_mean] * 2)
+    first = np.array(ends[:3])
+    assert spreads[0].item() == pytest.approx(first.std() / first.mean(), rel=1e-4)
+
+
+def test_one_copy_with_all_classes_is_sgd_that_forgets_its_momentum(run_method):
+    flags = ("--copies", "1", "--left-out", "0", "--tau", "2", "--ce", "all", "--steps-per-epoch", "4", "--name", "one")
+    names = run_method("lolsgd", *flags)[0]
+    args, source, task = names["args"], names["source_model"], names["task"]
+    model = copy.deepcopy(source)
+    batches = task.target_train.batches(args.batch_size, "cpu", args.seed)
+    for step in range(8):
+        if step % 2 == 0:
+            optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * 0.5 * (1 + math.cos(math.pi * step / 8))
+        images, labels = batches(step, task.seen)
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        optimizer.step()
+    for got, want in zip(names["model"].parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+# ---------------------------------------------------------------- the others
+
+
+def test_frozen_head_is_bit_equal(run_method):
+    names = run_method("frozen_classifier", "--name", "frozen")[0]
+    before, after = names["source_model"].state_dict(), names["model"].state_dict()
+    assert torch.equal(before["head.weight"], after["head.weight"]) and torch.equal(
+        before["head.bias"], after["head.bias"]
+    )
+    assert not torch.equal(before["backbone.0.weight"], after["backbone.0.weight"])
+
+
+@pytest.mark.parametrize("mode", ["affine", "stats"])
+def test_bn_adapt_changes_batchnorm_only(run_method, mode):
+    names = run_method("bn_adapt", "--mode", mode, "--name", mode)[0]
+    before, after = names["source_model"].state_dict(), names["model"].state_dict()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    layers = {name for name, layer in names["model"].named_modules() if layer in names["layers"]}
+    parts = ("weight", "bias") if mode == "affine" else ("running_mean", "running_var", "num_batches_tracked")
+    assert changed == {f"{layer}.{part}" for layer in layers for part in parts}
+
+
+def test_bn_stats_are_the_mean_over_the_batches(run_method):
+    names = run_method("bn_adapt", "--mode", "stats", "--name", "mean")[0]
+    epoch = [names["batches"](step)[0] for step in range(3, 6)]  # the last epoch: every epoch starts anew
+    first = names["source_model"].backbone[0]
+    outputs = [first((images - 0.5) / 0.5) for images in epoch]
+    want = torch.stack([output.mean((0, 2, 3)) for output in outputs]).mean(0)
+    torch.testing.assert_close(names["model"].backbone[1].running_mean, want, atol=1e-4, rtol=1e-4)
+
+
+def test_bn_adapt_needs_batchnorm(run_method, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_method("bn_adapt", "--arch", "lenet", "--name", "lenet")
+    assert stop.value.code == 2 and "--arch lenet: has no BatchNorm" in capsys.readouterr().err
+
+
+def test_fit_head_finds_the_separating_head():
+    torch.manual_seed(0)
+    labels = torch.arange(300) % 3
+    features = F.one_hot(labels, 4).float() + 0.1 * torch.randn(300, 4)
+    head = torch.nn.Linear(4, 3)
+    method("lp_ft").fit_head(head, features, labels, 200, 64, 0.5, 0.0, seed=0)
+    assert (head(features).argmax(1) == labels).all()
+
+
+def test_lp_ft_starts_from_the_probed_head(run_method):
+    names = run_method("lp_ft", "--lr", "0", "--backbone-lr", "0", "--name", "still")[0]
+    assert torch.equal(names["model"].head.weight, names["source_model"].head.weight), "no rate, no probe"
+    names = run_method("lp_ft", "--ft-lr-scale", "0", "--name", "probe only")[0]
+    before, after = names["source_model"].state_dict(), names["model"].state_dict()
+    assert {key for key in before if not torch.equal(before[key], after[key])} == {"head.weight", "head.bias"}
+    assert names["probe"] > names["run"].source_train_accuracy
+
+
+@pytest.mark.parametrize("mode", ["weights", "logits"])
+def test_wise_ft_ends_are_the_two_models(run_method, read, mode):
+    for a, share in (("0", 0.0), ("1", 1.0)):
+        _, folder = run_method("wise_ft", "--a", a, "--mode", mode, "--name", f"wise-{mode}-{a}", "--bn-mode", "train")
+        _, arrays, log = read(folder)
+        curve = log[-1]["curve"]
+        assert [point["a"] for point in curve] == [i / 10 for i in range(11)]
+        assert curve[0]["overall"] == log[0]["overall"] and curve[-1]["overall"] == log[-2]["overall"]
+        assert log[-1]["overall"] == curve[round(10 * share)]["overall"]
+        if share == 0:
+            np.testing.assert_allclose(arrays["test_logits"], arrays["source_test_logits"], atol=1e-5)
+
+
+def test_interpolation_and_its_batchnorm_statistics():
+    torch.manual_seed(0)
+    a, b = (models.build("small_cnn", 5, (1, 28, 28)).eval() for _ in range(2))
+    b.backbone[1].running_mean += 1
+    wise = method("wise_ft")
+    middle = wise.interpolate(a, b, 0.3)
+    for x, y, z in zip(a.parameters(), b.parameters(), middle.parameters(), strict=True):
+        torch.testing.assert_close(z, 0.7 * x + 0.3 * y)
+    torch.testing.assert_close(middle.backbone[1].running_mean, torch.full((16,), 0.3))
+
+    class TwoBatches:
+        images = torch.rand(2, 8, 1, 28, 28)
+
+        def __len__(self):
+            return 2
+
+        def __call__(self, step):
+            return self.images[step], None
+
+    again = wise.interpolate(a, b, 0.3, TwoBatches())
+    outputs = again.backbone[0]((TwoBatches.images.flatten(0, 1) - 0.5) / 0.5)
+    torch.testing.assert_close(again.backbone[1].running_mean, outputs.mean((0, 2, 3)), atol=1e-5, rtol=1e-4)
+    assert not again.training and not again.backbone[1].training
+    for share, end in ((0.0, a), (1.0, b)):
+        kept = wise.interpolate(a, b, share, TwoBatches()).state_dict()
+        assert all(torch.equal(kept[key], value) for key, value in end.state_dict().items())
