@@ -238,7 +238,7 @@ def glyphs(domain, per_class=40):
 
 SMALL_RECIPE = {"arch": "small_cnn", "epochs": 20, "steps_per_epoch": 15, "batch_size": 64}
 SMALL_RECIPE |= {"lr": 0.005, "backbone_lr": 0.005, "clip_grad": 5.0}
-SMALL_SOURCE = {"steps": 420, "batch_size": 64, "lr": 0.05, "backbone_lr": 0.05}
+SMALL_SOURCE = {"steps": 700, "batch_size": 64, "lr": 0.05, "backbone_lr": 0.05}
 INK = {"degrees": 15.0, "scale": 0.15, "shift": 0.08, "shear": 0.15}
 
 # name: (function of a domain, domains with the default source and target first, augmentation, recipe, source_recipe)
