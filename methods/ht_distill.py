@@ -2,8 +2,8 @@
 
 Holistic transfer (NeurIPS 2023, arXiv 2311.01420): CE + distill_weight * KL(teacher || student) + rank_weight *
 decorrelation; that is --distill unseen --distill-weight 1 --rank-weight 0.1 --late-lr 1, the weights ours. The default
-is ours: naive fine-tuning forgets mostly by taking every image for a seen class, so the KL is over seen or unseen, in
-the mean of images cut from two, which no label speaks of; and late layers, where the classes are, move less.
+is ours: naive fine-tuning forgets mostly by taking every image for a seen class. So the KL is of the mean seen share on
+images cut from two, which no label speaks of, to halfway between the teacher's and |S| / C; late layers move less.
 
     python methods/ht_distill.py
 """
@@ -83,7 +83,7 @@ class Args:
     overwrite: bool = False
     """run again what is finished"""
     distill: Literal["mass", "lumped", "unseen", "all"] = "mass"
-    """outcomes: seen or unseen, on cut images; the unseen classes and all seen as one; unseen classes; all classes"""
+    """outcomes: seen share of cut images; the unseen classes and all seen as one; unseen classes; all classes"""
     distill_weight: float = 5.0
     """weight of the distillation term"""
     rank_weight: float = 0.0
@@ -107,8 +107,9 @@ def distillation(logits, teacher_logits, seen, outcomes):
     elif outcomes != "all":
         z = torch.cat([z[..., ~seen], z[..., seen].logsumexp(2, keepdim=True)], 2)
     if outcomes == "mass":
-        p = z[..., -1:].exp().mean(1, keepdim=True).clamp(1e-6, 1 - 1e-6)
-        z = torch.cat([1 - p, p], 2).log()
+        student, teacher = z[..., -1].exp().mean(1)
+        z = torch.stack([student, (teacher + seen.to(z).mean()) / 2])[:, None, None]
+        z = torch.cat([1 - z, z], 2).clamp(1e-6, 1).log()
     return F.kl_div(z[0], z[1], reduction="batchmean", log_target=True)
 
 
@@ -172,8 +173,7 @@ if __name__ == "__main__":
                 if args.distill_weight:
                     with torch.no_grad():
                         teacher_logits = source_model(cut if cut_images else images)
-                    student_logits = logits[-len(teacher_logits) :]
-                    kl = distillation(student_logits, teacher_logits, seen, args.distill)
+                    kl = distillation(logits[-len(teacher_logits) :], teacher_logits, seen, args.distill)
                     loss = loss + args.distill_weight * kl
                 if args.rank_weight:
                     loss = loss + args.rank_weight * decorrelation(features[: len(images)])
