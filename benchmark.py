@@ -56,7 +56,7 @@ class RunGrid:
     runs_dir: str = "runs"
     """where run folders and source models are kept"""
     flags: str = ""
-    """flags for every run, quoted: --flags "--epochs 5 --device cuda" """
+    """flags for every run, with an equals sign: --flags="--epochs 5 --device cuda" """
     print_commands: bool = False
     """print the commands, one a line, and run nothing"""
 

@@ -81,7 +81,7 @@ class Args:
     """keep the adapted weights as model.pt"""
     overwrite: bool = False
     """run again what is finished"""
-    alpha: float = 0.1
+    alpha: float = 1.0
     """strength of the pull"""
 
 
