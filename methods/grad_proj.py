@@ -92,7 +92,9 @@ class Args:
 
 
 def preservation(logits, source_logits, seen, reference):
-    """P >= 0 for logits [N, C], 0 where they are the source's: see the header."""
+    """P >= 0 for logits [N, C], 0 where they are the source's or nothing is unseen: see the header."""
+    if seen.all():
+        return 0 * logits.sum()
     if reference == "gap":
         gap, source_gap = (z[:, seen].mean() - z[:, ~seen].mean() for z in (logits, source_logits))
         return (gap - source_gap).square()

@@ -46,7 +46,7 @@ def test_report_pairs_by_split(tmp_path, capsys):
     assert rows["other"]["vs_naive_ft_pm"] == pytest.approx(4.302653 * 1 / np.sqrt(3), abs=1e-5)
     assert rows["source model"]["overall"] == 50
     benchmark.report(benchmark.Report((tmp_path,)))
-    assert "| +2.0 ± 2.5 |" in capsys.readouterr().out
+    assert "+2.0 ± 2.5 |" in capsys.readouterr().out
 
 
 def test_report_does_not_mix_runs(tmp_path):
