@@ -51,8 +51,8 @@ def check(logits, labels, seen, where="logits"):
     return logits, labels.astype(np.int64), seen
 
 
-def mean_percent(correct):
-    return 100 * float(np.mean(correct)) if len(correct) else None
+def mean_percent(right):
+    return 100 * float(np.mean(right)) if len(right) else None
 
 
 def accuracies(logits, labels, seen):
@@ -116,8 +116,8 @@ def write_text(path, text):
 
 
 NOT_COMPARED = ("device", "overwrite", "runs_dir", "data_root", "save_model")
-AT_LEAST_0 = ("seed", "source_seed", "lr", "backbone_lr", "weight_decay")
-AT_LEAST_1 = ("epochs", "steps_per_epoch")
+AT_LEAST = dict.fromkeys(("seed", "source_seed", "lr", "backbone_lr", "weight_decay"), 0)
+AT_LEAST |= {"epochs": 1, "steps_per_epoch": 1}
 
 
 class Run:
@@ -149,12 +149,12 @@ class Run:
         defaults |= task.recipe
         blank = {name: value for name, value in defaults.items() if getattr(self.args, name) is None}
         args = self.args = dataclasses.replace(self.args, **blank)
-        for name in AT_LEAST_0 + AT_LEAST_1:
-            if not getattr(args, name) >= (least := int(name in AT_LEAST_1)):
+        for name, least in AT_LEAST.items():
+            if not getattr(args, name) >= least:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {least} or more")
         where = f"{args.dataset}/{args.source}-{args.target}/{self.method}/split{args.split_seed}-seed{args.seed}"
         self.task, self.folder = task, Path(args.runs_dir) / where
-        self.lines, self.seconds, self.steps, self.images, self.loss = [], 0.0, 0, 0, 0.0
+        self.lines, self.steps, self.images, self.loss = [], 0, 0, 0.0
         self.record = {"method": self.method, **dataclasses.asdict(args)}
         if (self.folder / "args.json").exists() and not args.overwrite:
             old = read_json(self.folder / "args.json")
@@ -179,8 +179,7 @@ class Run:
         loss = float(self.loss) / (self.steps - before) if self.steps > before else None  # waits for the device
         speed = self.images / (time.perf_counter() - self.clock) if self.images else None
         if loss is not None and not np.isfinite(loss):
-            steps = f"steps {before + 1} to {self.steps}"
-            raise InputError(f"the loss is {loss} in {steps}, lr {self.args.lr}: try a lower one")
+            raise InputError(f"steps {before + 1}-{self.steps}: the loss is {loss}, lr {self.args.lr}: try a lower one")
         self.test_logits = predict(model, self.task.target_test.images)
         figures = accuracies(self.test_logits, self.task.target_test.labels, self.task.seen)
         if epoch == 0:
