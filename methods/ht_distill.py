@@ -5,7 +5,7 @@ decorrelation; that is --distill unseen --distill-weight 1 --rank-weight 0.1 --l
 is ours: naive fine-tuning forgets mostly by taking every image for a seen class. So the KL is of the mean seen share on
 images cut from two, which no label speaks of, to halfway between the teacher's and |S| / C; late layers move less.
 
-    python methods/ht_distill.py          # overall 92.0 ± 1.3, unseen 87.1: mnist to optdigits, 10 splits, see README
+    python methods/ht_distill.py    # overall 92.0 ± 1.3, unseen 87.1 on mnist to optdigits, see README
 """
 
 import copy
