@@ -140,3 +140,15 @@ def test_batchnorms_are_found():
     assert len(models.batchnorms(models.build("small_cnn", 7, (1, 28, 28)))) == 3
     assert models.batchnorms(models.build("lenet", 7, (1, 28, 28))) == []
     assert isinstance(models.batchnorms(models.build("resnet18", 7, (3, 64, 64), "none"))[0], nn.BatchNorm2d)
+
+
+def test_source_model_does_not_depend_on_the_number_of_threads(tmp_path):
+    before, heads = torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        heads.append(
+            models.source_model(data.load_task("digits"), "small_cnn", cache=tmp_path / str(threads)).head.weight
+        )
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
+    assert torch.equal(*heads)
