@@ -55,14 +55,15 @@ def mean_percent(right):
     return 100 * float(np.mean(right)) if len(right) else None
 
 
-def accuracies(logits, labels, seen):
+def accuracies(logits, labels, seen, where="logits"):
     """All accuracies of logits [N, C] (numpy or torch) for labels [N] and the mask seen [C], in % or None.
 
     overall, seen, unseen: images of all / seen / unseen classes, over all C candidates (a tie goes to the lower
     index). seen_among_seen, unseen_among_unseen: the same images, candidates of their own group only.
     harmonic_mean: of seen and unseen. class_mean: mean over the classes that have images of their accuracy.
+    Raises InputError as check does, naming `where`.
     """
-    logits, labels, seen = check(logits, labels, seen)
+    logits, labels, seen = check(logits, labels, seen, where)
     is_seen = seen[labels]
     correct = logits.argmax(1) == labels
     groups = {"overall": slice(None), "seen": is_seen, "unseen": ~is_seen}
@@ -272,9 +273,8 @@ def read_run(path):
             logits, source, labels, seen = (file[name] for name in names)
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path}: not the complete logits.npz of a run ({type(error).__name__}: {error})") from error
-    check(source, labels, seen, f"{path}, source_test_logits")
-    check(logits, labels, seen, f"{path}, test_logits")
-    source, final = accuracies(source, labels, seen), accuracies(logits, labels, seen)
+    source = accuracies(source, labels, seen, f"{path}, source_test_logits")
+    final = accuracies(logits, labels, seen, f"{path}, test_logits")
     return {"run": str(path.parent), "source": source, "final": final}
 
 

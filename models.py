@@ -1,6 +1,6 @@
 """A Classifier (backbone and linear head) and the source model that adaptation starts from.
 
-model = source_model(task, "small_cnn", batches)                # trained once, then read from the cache
+model = source_model(task, "small_cnn", device="cpu")           # trained once, then read from the cache
 logits, features = model(images, return_features=True)
 """
 
