@@ -8,7 +8,7 @@ Images are uint8 [N, channels, H, W]; normalisation belongs to the model. Labels
 """
 
 import string
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -182,6 +182,29 @@ def load_task(dataset, source=None, target=None, seen_classes=None, split_seed=0
         train = train[seen.numpy()[labels[train]]]
     target_splits = split(images, labels, train), split(images, labels, test)
     return Task(dataset, source, target, classes, seen, *source_splits, *target_splits, recipe, source_recipe)
+
+
+def pseudo_task(task, split_seed, number, left_out=0.4):
+    """The task that PCV calibration (arXiv 2409.16223) adapts to: the share left_out of the seen classes plays the
+    unseen ones, the test images are 30 % of the target's training images, and truly unseen classes have no image.
+
+    Runs 0, 1, 2 ... leave out one class after the other in an order drawn by split_seed, so each gets its turn.
+    Raises InputError for a negative number, and where fewer than two classes have images.
+    """
+    classes = np.unique(task.target_train.labels)
+    if number < 0 or not task.seen.numpy()[classes].all() or len(classes) < 2:
+        raise InputError(
+            f"--pseudo-split {number}: must be 0 or more, without --oracle, and with two seen classes at least"
+        )
+    count = min(max(1, round(left_out * len(classes))), len(classes) - 1)
+    order = np.random.default_rng((split_seed, 2)).permutation(classes)
+    seen = task.seen.clone()
+    seen[np.take(order, np.arange(number * count, (number + 1) * count), mode="wrap")] = False
+    images, labels = task.target_train.images, task.target_train.labels
+    train, test = split_by_class(labels.numpy(), 0.7, np.random.default_rng((split_seed, 3, number)))
+    train = train[seen[labels[train]].numpy()]
+    splits = [Split(images[index], labels[index], task.target_train.augmentation) for index in (train, test)]
+    return replace(task, seen=seen, target_train=splits[0], target_test=splits[1])
 
 
 # ------------------------------------------------------------------------------------------ data sets

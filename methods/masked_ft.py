@@ -38,6 +38,8 @@ class Args:
     """which classes are seen, and which target images are for training"""
     seed: int = 0
     """order and augmentation of the training images, and all other randomness of the method"""
+    pseudo_split: int | None = None
+    """k for run k of PCV calibration: some seen classes play the unseen, and their held-out images are the test"""
     source_seed: int = 0
     """the source model's training"""
     arch: str | None = None
@@ -97,6 +99,7 @@ if __name__ == "__main__":
         task = data.load_task(
             args.dataset, args.source, args.target, args.seen_classes, args.split_seed, args.oracle, args.data_root
         )
+        task = task if args.pseudo_split is None else data.pseudo_task(task, args.split_seed, args.pseudo_split)
         args = run.open(task)
         batches = task.target_train.batches(args.batch_size, device, args.seed, args.augment)
         source_model = models.source_model(

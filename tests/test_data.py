@@ -76,6 +76,40 @@ def test_bad_tasks_are_named(flags, message):
         data.load_task(**{"dataset": "digits", **flags})
 
 
+def test_a_pseudo_task_shows_nothing_of_truly_unseen_classes():
+    task = data.load_task("digits", seen_classes="5", split_seed=4)
+    known = {image.numpy().tobytes() for image in task.target_train.images}
+    left_out = []
+    for number in range(5):
+        pseudo = data.pseudo_task(task, 4, number)
+        train, test = pseudo.target_train, pseudo.target_test
+        assert pseudo.seen.sum() == 3 and not (pseudo.seen & ~task.seen).any()
+        assert set(train.labels.tolist()) == set(torch.nonzero(pseudo.seen).flatten().tolist())
+        assert set(test.labels.tolist()) == set(torch.nonzero(task.seen).flatten().tolist())
+        bytes_of = [{image.numpy().tobytes() for image in split.images} for split in (train, test)]
+        assert bytes_of[0] | bytes_of[1] <= known and not bytes_of[0] & bytes_of[1]
+        for label in torch.nonzero(task.seen).flatten().tolist():
+            held_out = int((task.target_train.labels == label).sum()) - int(
+                0.7 * (task.target_train.labels == label).sum()
+            )
+            assert int((test.labels == label).sum()) == held_out
+        left_out += torch.nonzero(task.seen & ~pseudo.seen).flatten().tolist()
+        assert pseudo.source_train is task.source_train and train.augmentation == task.target_train.augmentation
+    assert [left_out.count(label) for label in set(left_out)] == [2] * 5, "each class gets its turn"
+    again, other = data.pseudo_task(task, 4, 1), data.pseudo_task(task, 5, 1)
+    assert torch.equal(again.target_test.images, data.pseudo_task(task, 4, 1).target_test.images)
+    assert not torch.equal(again.target_test.images, other.target_test.images)
+
+
+def test_pseudo_tasks_that_cannot_be():
+    task = data.load_task("digits", seen_classes="2")
+    assert data.pseudo_task(task, 0, 0).seen.sum() == 1
+    one, oracle = data.load_task("digits", seen_classes="1"), data.load_task("digits", oracle=True)
+    for given, number in ((task, -1), (one, 0), (oracle, 0)):
+        with pytest.raises(InputError, match=f"--pseudo-split {number}: must be 0 or more, without --oracle"):
+            data.pseudo_task(given, 0, number)
+
+
 def ramp(n=6):
     images = torch.arange(n * 8 * 8, dtype=torch.float32).remainder(251).byte().view(n, 1, 8, 8)
     return data.Split(images, torch.arange(n), {})
