@@ -50,6 +50,25 @@ def test_a_run_leaves_all_its_files(method, oracle, run_method, read, capsys):
     assert "source (epoch 0)" in capsys.readouterr().out
 
 
+def test_a_pseudo_split_is_a_run_beside_the_run(run_method, read):
+    folder = run_method("masked_ft", "--name", "calibrated")[1]
+    assert evaluation.read_run(folder)["pcv"] is None
+    gammas = []
+    for k in ("0", "1"):
+        beside = run_method("masked_ft", "--name", "calibrated", "--pseudo-split", k)[1]
+        done, arrays, _ = read(beside)
+        assert beside == folder.with_name(f"split0-seed0-pseudo{k}") and done["args"]["pseudo_split"] == int(k)
+        assert arrays["seen"].sum() == 3 and len(set(arrays["test_labels"])) == 5
+        least = done["source"]["unseen"]
+        gammas.append(evaluation.best_gamma(arrays["test_logits"], arrays["test_labels"], arrays["seen"], least))
+    assert evaluation.read_run(folder)["pcv"]["gamma"] == pytest.approx(np.mean(gammas))
+
+
+def test_a_run_says_its_command(run_method, read):
+    done = read(run_method("l2_sp", "--name", "a name")[1])[0]
+    assert done["command"].startswith("python methods/l2_sp.py --epochs 2") and "--name 'a name'" in done["command"]
+
+
 def test_same_seeds_same_bits(run_method, read, tmp_path):
     first = read(run_method("ht_distill", "--name", "a", "--rank-weight", "0.1")[1])[1]
     again = read(run_method("ht_distill", "--name", "b", "--rank-weight", "0.1")[1])[1]
@@ -107,6 +126,8 @@ BAD = [
     (["--lr", "fast"], "--lr"),
     (["--seed", "-1"], "--seed -1"),
     (["--epochs", "0"], "--epochs 0"),
+    (["--pseudo-split", "-1"], "--pseudo-split -1"),
+    (["--pseudo-split", "0", "--oracle"], "--pseudo-split 0"),
     (["--steps-per-epoch", "0"], "--steps-per-epoch 0"),
 ]
 
