@@ -1,12 +1,13 @@
-"""What many runs say: a grid of runs in one command, and tables with 95 % intervals over splits.
+"""What many runs say: a grid of runs in one command, and tables and figures with 95 % intervals over splits.
 
     python benchmark.py run --pairs digits:mnist:optdigits --methods naive_ft ht_distill "naive_ft --oracle" --jobs 2
-    python benchmark.py report runs
+    python benchmark.py report runs --figures results/digits
 
 Every cell of the grid is the plain command of a script (--print-commands shows them), so cells can run anywhere.
 """
 
 import itertools
+import json
 import os
 import shlex
 import subprocess
@@ -21,9 +22,23 @@ import tyro
 from scipy import stats
 from tqdm import tqdm
 
-from eval import InputError, read_json, table
+from eval import (
+    BUSY,
+    NOT_COMPARED,
+    InputError,
+    read_arrays,
+    read_json,
+    read_run,
+    seen_unseen_curve,
+    table,
+    write_atomic,
+)
 
 HERE = Path(__file__).resolve().parent
+SOURCE = "source model"
+CALIBRATED = ("alg", "pcv", "oracle_gamma")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")  # Okabe and Ito
+SEEN_AXIS, UNSEEN_AXIS = "accuracy on seen classes (%)", "accuracy on unseen classes (%)"
 METHODS = sorted(path.stem for path in (HERE / "methods").glob("*.py"))
 
 
@@ -51,6 +66,8 @@ class RunGrid:
     """which classes are seen, and which images are for training: 0-9, or 0,3,7"""
     seeds: str = "0"
     """training seeds"""
+    pcv: int = 0
+    """pseudo splits per run for PCV calibration, each one more run (none for an oracle)"""
     jobs: int = 1
     """runs at a time, each with its share of the CPU's cores"""
     runs_dir: str = "runs"
@@ -71,37 +88,57 @@ def cell_command(method, pair, split_seed, seed, grid):
 
 
 def run_cell(command, threads):
-    """Run one cell; returns None, or what it said last where it failed. A finished run exits at once by itself."""
+    """Run one cell; returns its exit code and the last line that it wrote as an error."""
     words = [sys.executable, str(HERE / command[1]), *command[2:]]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(words, check=False, capture_output=True, text=True, env=environment)
-    return None if done.returncode == 0 else f"exit code {done.returncode}: {done.stderr.strip().splitlines()[-1:]}"
+    return done.returncode, done.stderr.strip().rpartition("\n")[2]
+
+
+def finished(runs_dir):
+    """The commands of all finished runs below runs_dir, as their done.json has them."""
+    return {read_json(path).get("command") for path in Path(runs_dir).rglob("done.json")}
 
 
 def run_grid(grid):
     for method in grid.methods:
-        if shlex.split(method)[0] not in METHODS:
+        if not method.split() or method.split()[0] not in METHODS:
             raise InputError(f"--methods {method}: no such script; choose from {', '.join(METHODS)}")
     for pair in grid.pairs:
         if pair.count(":") != 2:
             raise InputError(f"--pairs {pair}: write dataset:source:target")
+    for flag, value, least in (("--jobs", grid.jobs, 1), ("--pcv", grid.pcv, 0)):
+        if value < least:
+            raise InputError(f"{flag} {value}: must be {least} or more")
     axes = grid.pairs, grid.methods, seeds(grid.split_seeds), seeds(grid.seeds)
-    commands = [cell_command(method, pair, k, s, grid) for pair, method, k, s in itertools.product(*axes)]
+    commands = []
+    for pair, method, k, s in itertools.product(*axes):
+        cell = cell_command(method, pair, k, s, grid)
+        folds = () if "--oracle" in cell else range(grid.pcv)
+        commands += [cell, *([*cell, "--pseudo-split", str(fold)] for fold in folds)]
     if grid.print_commands:
         print("\n".join(map(shlex.join, commands)))
         return
-    # One run per source model first: those that follow find it in the cache instead of training it side by side.
-    first = {pair.rsplit(":", 1)[0]: i for i, pair in reversed(list(enumerate(grid.pairs)))}
-    per_pair = len(commands) // len(grid.pairs)
-    heads = [commands[i * per_pair] for i in first.values()]
+    done = finished(grid.runs_dir)
+    waiting = [cell for cell in commands if "--overwrite" in cell or shlex.join(cell) not in done]
     threads, failed = max(1, (os.cpu_count() or 1) // grid.jobs), []
-    with tqdm(total=len(commands), unit="run") as bar, ThreadPoolExecutor(grid.jobs) as pool:
-        for wave in (heads, [command for command in commands if command not in heads]):
-            futures = {pool.submit(run_cell, command, threads): command for command in wave}
-            for future in as_completed(futures):
-                bar.update()
-                if future.result():
-                    failed.append(f"{shlex.join(futures[future])}\n    {future.result()}")
+    with tqdm(total=len(commands), initial=len(commands) - len(waiting), unit="run") as bar:
+        pool = ThreadPoolExecutor(grid.jobs)
+        try:
+            while waiting:
+                futures = {pool.submit(run_cell, cell, threads): cell for cell in waiting}
+                waiting = []
+                for future in as_completed(futures):
+                    code, message = future.result()
+                    if code == BUSY:  # another process has this run: look again when the others are done
+                        waiting.append(futures[future])
+                        continue
+                    bar.update()
+                    if code:
+                        failed.append(f"{shlex.join(futures[future])}\n    exit code {code}: {message}")
+                        bar.write(failed[-1], sys.stderr)
+        finally:
+            pool.shutdown(cancel_futures=True)  # after Ctrl-C, start nothing more
     if failed:
         raise InputError(f"{len(failed)} of {len(commands)} runs failed:\n" + "\n".join(failed))
 
@@ -119,56 +156,84 @@ class Report:
     """method that the others are compared with, split by split and seed by seed"""
     format: Literal["md", "csv", "json"] = "md"
     """of the table"""
+    figures: Path | None = None
+    """folder for four figures of every task, each as PNG and PDF"""
 
 
 def interval(values):
-    """(mean, half width of the 95 % t interval over the values); the width of a single value is None."""
+    """(mean, half width of the 95 % t interval over the values); of one value the width is None, of none both are."""
     values = np.asarray(values, np.float64)
     if len(values) < 2:
-        return float(values.mean()), None
+        return float(values[0]) if len(values) else None, None
     width = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
     return float(values.mean()), float(width)
 
 
 def collect(folders):
-    """{(task, method): {(split seed, seed): done}} of all finished runs. Raises InputError if one method of a task has
-    runs that differ in more than seeds."""
-    groups, settings = {}, {}
+    """{task: {method: {(split seed, seed): run}}} of all finished runs but pseudo splits; a run is what eval.read_run
+    returns, with its folder's path in "run". Raises InputError if one method of a task has runs that differ in more
+    than seeds, and if the runs of a task are over different classes."""
+    tasks, settings, classes = {}, {}, {}
     for path in sorted(path for folder in folders for path in folder.rglob("done.json")):
-        done = read_json(path)
-        args = done["args"]
-        key = f"{args['dataset']} {args['source']} to {args['target']}, {args['seen_classes']} seen", args["method"]
-        same = {k: v for k, v in args.items() if k not in ("seed", "split_seed", "runs_dir", "overwrite", "device")}
-        before = settings.setdefault(key, same)
+        args = read_json(path)["args"]
+        if args.get("pseudo_split") is not None:
+            continue
+        task = f"{args['dataset']} {args['source']} to {args['target']}, {args['seen_classes']} seen"
+        same = {k: v for k, v in args.items() if k not in (*NOT_COMPARED, "seed", "split_seed")}
+        before = settings.setdefault((task, args["method"]), same)
         if differ := [name for name in same | before if same.get(name) != before.get(name)]:
             raise InputError(f"{path.parent}: other {', '.join(differ)} than {args['method']}'s other runs; use --name")
-        groups.setdefault(key, {})[args["split_seed"], args["seed"]] = done
-    if not groups:
+        run = read_run(path.parent)
+        if run["classes"] != classes.setdefault(task, run["classes"]):
+            raise InputError(f"{path.parent}: over other classes than the other runs of {task}; report them apart")
+        runs = tasks.setdefault(task, {}).setdefault(args["method"], {})
+        if (args["split_seed"], args["seed"]) in runs:
+            raise InputError(f"{path.parent}: the same run as {runs[args['split_seed'], args['seed']]['run']}")
+        runs[args["split_seed"], args["seed"]] = run
+    if not tasks:
         raise InputError(f"no finished run below {', '.join(map(str, folders))}")
-    return groups
+    return tasks
+
+
+def with_source(methods):
+    """The methods of a task, and first the source model that they start from."""
+    longest = max(methods.values(), key=len)
+    blank = dict.fromkeys(CALIBRATED)
+    return {SOURCE: {key: {**run, **blank, "final": run["source"]} for key, run in longest.items()}, **methods}
+
+
+def values(runs, name):
+    """A figure of every run: one of its accuracies, or alg_overall and the like. [] if one run lacks it."""
+    kind = next((kind for kind in CALIBRATED if name == f"{kind}_overall"), None)
+    figures = [run["final"].get(name) if kind is None else (run[kind] or {}).get("overall") for run in runs.values()]
+    return [] if None in figures else figures
+
+
+def rows_of(tasks, reference):
+    """A row (dict) per task and method, from the worst overall accuracy to the best."""
+    rows = []
+    for task, methods in tasks.items():
+        of_reference = {key: run["final"]["overall"] for key, run in methods.get(reference, {}).items()}
+        for method, runs in with_source(methods).items():
+            row = {"task": task, "method": method, "runs": len(runs)}
+            for name in ("overall", "seen", "unseen", "harmonic_mean", "ausuc", *(f"{c}_overall" for c in CALIBRATED)):
+                row[name], row[f"{name}_pm"] = interval(values(runs, name))
+            paired = [run["final"]["overall"] - of_reference[key] for key, run in runs.items() if key in of_reference]
+            row[f"vs_{reference}"], row[f"vs_{reference}_pm"] = interval([] if method == reference else paired)
+            rows.append(row)
+    return sorted(rows, key=lambda row: (row["task"], row["overall"]))
 
 
 def report(options):
-    groups, rows = collect(options.runs), []
-    for task in dict.fromkeys(task for task, _ in groups):
-        methods = {method: runs for (t, method), runs in groups.items() if t == task}
-        reference = {key: run["final"]["overall"] for key, run in methods.get(options.reference, {}).items()}
-        longest = max(methods.values(), key=len)
-        methods = {"source model": {key: {"final": run["source"]} for key, run in longest.items()}, **methods}
-        for method, runs in methods.items():
-            row = {"task": task, "method": method, "runs": len(runs)}
-            for name in ("overall", "seen", "unseen", "harmonic_mean"):
-                row[name], row[f"{name}_pm"] = interval([run["final"][name] for run in runs.values()])
-            paired = [run["final"]["overall"] - reference[key] for key, run in runs.items() if key in reference]
-            difference = interval(paired) if paired and method != options.reference else (None, None)
-            row[f"vs_{options.reference}"], row[f"vs_{options.reference}_pm"] = difference
-            rows.append(row)
-    rows.sort(key=lambda row: (row["task"], row["overall"]))
+    tasks = collect(options.runs)
+    rows = rows_of(tasks, options.reference)
     if options.format != "md":
         print(table(rows, options.format))
-        return
-    for task in dict.fromkeys(row["task"] for row in rows):
-        print(f"\n**{task}**\n\n{table([rounded(row) for row in rows if row['task'] == task])}")
+    for task in tasks:
+        if options.format == "md":
+            print(f"\n**{task}**\n\n{table([rounded(row) for row in rows if row['task'] == task])}")
+        if options.figures:
+            draw(task, with_source(tasks[task]), options.figures)
 
 
 def rounded(row):
@@ -176,9 +241,114 @@ def rounded(row):
     cells = {"method": row["method"], "runs": str(row["runs"])}
     for name in [name for name in row if f"{name}_pm" in row]:
         value, width = row[name], row[f"{name}_pm"]
-        sign = "+" if name.startswith("vs_") else ""
-        cells[name] = "-" if value is None else f"{value:{sign}.1f}" + ("" if width is None else f" ± {width:.1f}")
+        digits = "+.1f" if name.startswith("vs_") else ".3f" if name == "ausuc" else ".1f"
+        cells[name.removesuffix("_overall")] = (
+            "-" if value is None else f"{value:{digits}}" + ("" if width is None else f" ± {width:{digits[-3:]}}")
+        )
     return cells
+
+
+# ------------------------------------------------------------------------------------------ figures
+
+
+def test_arrays(run):
+    logits, _, labels, _, _, seen, _ = read_arrays(Path(run["run"]) / "logits.npz")
+    return logits, labels, seen
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def draw(task, methods, folder):
+    """Four figures of a task, each as PNG and PDF, named after it: dilemma, curves, epochs, calibration."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    methods = dict(sorted(methods.items(), key=lambda item: np.mean(values(item[1], "overall"))))
+    style = {
+        method: {"color": COLOURS[i % len(COLOURS)], "marker": "osD^v<>Ph"[i % 9], "label": method}
+        for i, method in enumerate(method for method in methods if method != SOURCE and not method.endswith("-oracle"))
+    }
+    style[SOURCE] = {"color": "black", "marker": "*", "label": SOURCE}
+    style |= {m: {"color": "black", "marker": "X", "label": m} for m in methods if m.endswith("-oracle")}
+
+    def save(name, title, *axes, columns=None):
+        figure = axes[0].figure
+        figure.suptitle(f"{task}: {title}", fontsize=10)
+        for ax in axes:
+            ax.grid(color="0.9")
+            ax.set_axisbelow(True)
+        if columns is None:
+            axes[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
+        for kind in ("png", "pdf"):
+            write_atomic(
+                Path(folder) / f"{'-'.join(task.replace(',', '').split())}-{name}.{kind}",
+                lambda stream, kind=kind: figure.savefig(
+                    stream,
+                    format=kind,
+                    dpi=150,
+                    bbox_inches="tight",
+                    metadata={} if kind == "png" else {"CreationDate": None},
+                ),
+            )
+        plt.close(figure)
+
+    _, ax = plt.subplots(figsize=(5.2, 4.2))
+    for method, runs in methods.items():
+        (x, dx), (y, dy) = interval(values(runs, "seen")), interval(values(runs, "unseen"))
+        if x is not None and y is not None:
+            ax.errorbar(x, y, yerr=dy, xerr=dx, ls="", ms=8, lw=1, capsize=2, **style[method])
+    shown = [[np.mean(values(runs, group)) for runs in methods.values()] for group in ("seen", "unseen")]
+    limits = [(max(0, min(means) - 8), 101) for means in shown]
+    ax.set(xlabel=SEEN_AXIS, ylabel=UNSEEN_AXIS, xlim=limits[0], ylim=limits[1])
+    save("dilemma", "mean and 95 % interval over splits", ax)
+
+    _, ax = plt.subplots(figsize=(5.2, 4.2))
+    grid = np.linspace(0, 100, 401)
+    for method, runs in methods.items():
+        if method == SOURCE:
+            continue
+        curves = [seen_unseen_curve(*test_arrays(run), run["run"])[1:] for run in runs.values()]
+        mean = np.mean([np.interp(grid, a[::-1], b[::-1], right=np.nan) for a, b in curves], 0)
+        look = {key: style[method][key] for key in ("color", "marker")}
+        ax.plot(grid, mean, lw=1.2, color=look["color"])
+        ax.plot(np.mean(values(runs, "seen")), np.mean(values(runs, "unseen")), ls="", ms=7, **style[method])
+        if all(run["alg"] for run in runs.values()):
+            x, y = (np.mean([run["alg"][group] for run in runs.values()]) for group in ("seen", "unseen"))
+            ax.plot(x, y, ls="", ms=7, fillstyle="none", **look)
+    ax.set(xlabel=SEEN_AXIS, ylabel=UNSEEN_AXIS, xlim=(limits[0][0] - 20, 101), ylim=(limits[1][0] - 5, 101))
+    save("curves", "any bias on the unseen logits (filled: none, open: ALG)", ax)
+
+    _, axes = plt.subplots(1, 2, figsize=(8, 3.6), sharey=True)
+    for ax, group in zip(axes, ("seen", "unseen"), strict=True):
+        for method, runs in methods.items():
+            if method != SOURCE:
+                logs = [read_lines(Path(run["run"]) / "log.jsonl") for run in runs.values()]
+                epochs = [line["epoch"] for line in logs[0]]
+                ax.plot(
+                    epochs, np.mean([[line[group] for line in log] for log in logs], 0), ms=3, lw=1, **style[method]
+                )
+        ax.set(xlabel="epoch", title=f"{group} classes", ylabel="accuracy (%)" if group == "seen" else "")
+    save("epochs", "mean over splits", *axes)
+
+    _, ax = plt.subplots(figsize=(6.4, 0.42 * len(methods) + 1))
+    names = ["overall", *(f"{kind}_overall" for kind in CALIBRATED)]
+    labels = ["no calibration", "ALG", "PCV", "best bias by test labels (oracle)"]
+    for i, (name, label) in enumerate(zip(names, labels, strict=True)):
+        bars = [(row, *interval(values(runs, name))) for row, runs in enumerate(methods.values()) if values(runs, name)]
+        if bars:
+            row, mean, width = zip(*bars, strict=True)
+            error = [w or 0 for w in width]
+            place = np.array(row) + 0.2 * (1.5 - i)
+            ax.barh(place, mean, 0.19, xerr=error, color=COLOURS[i], label=label, error_kw={"lw": 0.8})
+    lowest = min(np.mean(values(runs, "overall")) for runs in methods.values())
+    ax.set(
+        xlabel="overall accuracy (%)", yticks=range(len(methods)), yticklabels=methods, xlim=(max(0, lowest - 15), 100)
+    )
+    save("calibration", "before and after calibration", ax)
 
 
 if __name__ == "__main__":
@@ -188,3 +358,6 @@ if __name__ == "__main__":
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it was", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 import benchmark
-from eval import InputError
+from eval import InputError, read_run
 
 
 def test_interval_against_the_textbook():
@@ -23,14 +23,24 @@ def test_seeds():
         benchmark.seeds("a-b")
 
 
-def fake_run(folder, method, split_seed, overall, seed=0, **args):
-    args = {"dataset": "d", "source": "a", "target": "b", "seen_classes": "5", "method": method, "lr": 0.1, **args}
-    figures = dict.fromkeys(("overall", "seen", "unseen", "harmonic_mean"), overall)
-    args |= {"split_seed": split_seed, "seed": seed}
-    path = folder / method / f"split{split_seed}-seed{seed}"
+def fake_run(folder, method, split_seed, overall, seed=0, pseudo=None, classes="abcd", **args):
+    """A finished run with real files: 100 images, half of them of the two seen classes of four, `overall` % right."""
+    args = {"dataset": "d", "source": "a", "target": "b", "seen_classes": "2", "method": method, "lr": 0.1, **args}
+    args |= {"split_seed": split_seed, "seed": seed, "pseudo_split": pseudo}
+    path = folder / method / f"split{split_seed}-seed{seed}{'' if pseudo is None else f'-pseudo{pseudo}'}"
     path.mkdir(parents=True)
-    source = dict.fromkeys(figures, 50.0)
-    (path / "done.json").write_text(json.dumps({"source": source, "final": figures, "args": args}))
+    labels = np.arange(100) % 4
+    right, half = np.arange(100) < overall, np.arange(100) < 50
+    logits = [np.eye(4, dtype=np.float32)[np.where(hit, labels, (labels + 1) % 4)] for hit in (right, half)]
+    logits[0] += np.random.default_rng(split_seed).random((100, 4), np.float32) / 100
+    arrays = {"test_logits": logits[0], "source_test_logits": logits[1], "test_labels": labels}
+    arrays |= {"train_logits": logits[0][::4], "train_labels": labels[::4], "classes": np.array(list(classes))}
+    np.savez(path / "logits.npz", seen=np.array([True, True, False, False]), **arrays)
+    (path / "log.jsonl").write_text(
+        "".join(json.dumps({"epoch": e, "seen": 1.0, "unseen": 2.0}) + "\n" for e in (0, 1))
+    )
+    (path / "done.json").write_text(json.dumps({"args": args}))
+    return path
 
 
 def test_report_pairs_by_split(tmp_path, capsys):
@@ -49,11 +59,60 @@ def test_report_pairs_by_split(tmp_path, capsys):
     assert "+2.0 ± 2.5 |" in capsys.readouterr().out
 
 
+def test_report_calibrates_every_run_by_itself(tmp_path, capsys):
+    folders = [fake_run(tmp_path, "naive_ft", k, 40 + 20 * k) for k in (0, 1)]
+    for k in (0, 1):
+        fake_run(tmp_path, "naive_ft", 0, 50, pseudo=k)
+    benchmark.report(benchmark.Report((tmp_path,), format="json"))
+    row = json.loads(capsys.readouterr().out)[-1]
+    runs = [read_run(folder) for folder in folders]
+    assert (
+        row["method"] == "naive_ft"
+        and row["runs"] == 2
+        and row["ausuc"] == np.mean([r["final"]["ausuc"] for r in runs])
+    )
+    for kind in ("alg", "oracle_gamma"):
+        assert row[f"{kind}_overall"] == pytest.approx(np.mean([run[kind]["overall"] for run in runs]))
+    assert row["pcv_overall"] is None, "one of the two runs has no pseudo split: a mean over the other would mislead"
+    for k in (0, 1):
+        fake_run(tmp_path, "naive_ft", 1, 50, pseudo=k)
+    benchmark.report(benchmark.Report((tmp_path,), format="json"))
+    row = json.loads(capsys.readouterr().out)[-1]
+    assert row["pcv_overall"] == pytest.approx(np.mean([read_run(folder)["pcv"]["overall"] for folder in folders]))
+
+
+def test_four_figures_of_any_subset(tmp_path, capsys):
+    for method in ("naive_ft", "naive_ft-oracle", "mine"):
+        fake_run(tmp_path / "runs", method, 0, 70)
+    benchmark.report(benchmark.Report((tmp_path / "runs",), figures=tmp_path / "figures"))
+    fake_run(tmp_path / "one", "mine", 0, 70, pseudo=0)
+    fake_run(tmp_path / "one", "mine", 0, 60)
+    benchmark.report(benchmark.Report((tmp_path / "one",), figures=tmp_path / "more"))
+    for folder in ("figures", "more"):
+        names = sorted(path.name for path in (tmp_path / folder).iterdir())
+        kinds = ("calibration", "curves", "dilemma", "epochs")
+        assert names == [f"d-a-to-b-2-seen-{kind}.{end}" for kind in kinds for end in ("pdf", "png")]
+        for name in names:
+            content = (tmp_path / folder / name).read_bytes()
+            assert content.startswith(b"%PDF" if name.endswith("pdf") else b"\x89PNG") and len(content) > 5000
+
+
 def test_report_does_not_mix_runs(tmp_path):
     fake_run(tmp_path, "naive_ft", 0, 40)
     fake_run(tmp_path, "naive_ft", 1, 40, lr=0.2)
     with pytest.raises(InputError, match="other lr than naive_ft's other runs"):
         benchmark.report(benchmark.Report((tmp_path,)))
+    fake_run(tmp_path / "x", "mine", 0, 40)
+    fake_run(tmp_path / "x", "other", 0, 40, classes="wxyz")
+    with pytest.raises(InputError, match="over other classes than the other runs of d a to b, 2 seen"):
+        benchmark.report(benchmark.Report((tmp_path / "x",)))
+    fake_run(tmp_path / "y", "mine", 0, 40)
+    fake_run(tmp_path / "z", "mine", 0, 40)
+    with pytest.raises(InputError, match="the same run as"):
+        benchmark.report(benchmark.Report((tmp_path / "y", tmp_path / "z")))
+    fake_run(tmp_path / "w", "mine", 0, 40, save_model=True)
+    fake_run(tmp_path / "w", "mine", 1, 40, save_model=False)  # makes no other figures
+    assert len(benchmark.collect([tmp_path / "w"])["d a to b, 2 seen"]["mine"]) == 2
     with pytest.raises(InputError, match="no finished run below"):
         benchmark.report(benchmark.Report((tmp_path / "nowhere",)))
 
@@ -69,6 +128,11 @@ def test_print_commands():
     assert len(lines) == 3 * 2 * 2
     assert "methods/wise_ft.py --dataset glyphs --source sans --target serif" in lines[-1]
     assert lines[-1].endswith("--split-seed 3 --seed 0 --a 0.3 --name w")
+    printed = grid("--print-commands", "--methods", "naive_ft", "naive_ft --oracle", "--split-seeds", "0", "--pcv", "2")
+    assert [line.partition(" --seed 0")[2] for line in printed.stdout.splitlines()] == 3 * [
+        "", " --pseudo-split 0", " --pseudo-split 1", " --oracle"
+    ]  # fmt: skip
+    assert grid("--jobs", "0").returncode == 2
     assert grid("--methods", "nave_ft").returncode == 2 and grid("--pairs", "digits").returncode == 2
 
 
