@@ -112,7 +112,7 @@ def local_rounds(model, optimizer, seen, args, epoch, spreads):
         start, moved = [tensor.clone() for tensor in state], []
         for copy_ in range(number * args.copies, (number + 1) * args.copies):
             optimizer.state.clear()
-            kept = draw_classes(seen, args.left_out, data.generator("cpu", args.seed, 2, copy_))
+            kept = draw_classes(seen, args.left_out, data.generator("cpu", args.seed, 4, copy_))
             for step in range(copy_ * args.tau, (copy_ + 1) * args.tau):
                 yield step, kept
             with torch.no_grad():
