@@ -91,6 +91,8 @@ class Args:
     """what P preserves"""
     scope: Literal["global", "layer"] = "global"
     """project the whole gradient, or every parameter's by itself"""
+    memory: float = 0.5
+    """weight of the step before's reference in this step's: a batch's own gradient of P is noisy; 0 for none"""
 
 
 def preservation(logits, source_logits, seen, reference):
@@ -103,6 +105,16 @@ def preservation(logits, source_logits, seen, reference):
     lumped = (torch.cat([z[:, ~seen], z[:, seen].logsumexp(1, keepdim=True)], 1) for z in (logits, source_logits))
     student, teacher = (F.log_softmax(z, 1) for z in lumped)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def remember(references, optimizer, trained, memory):
+    """The references p of this step plus memory times what this gave the step before, in float32. They are kept in the
+    optimizer's state; what overflowed in float16 counts as 0."""
+    for parameter, fresh in zip(trained, references, strict=True):
+        fresh = fresh.float().nan_to_num(0, 0, 0)
+        state = optimizer.state[parameter]
+        state["reference"] = fresh + memory * state["reference"] if "reference" in state else fresh
+    return [optimizer.state[parameter]["reference"] for parameter in trained]
 
 
 def project(gradients, references, scope):
@@ -160,6 +172,7 @@ if __name__ == "__main__":
                 kept = preservation(logits, source_logits, seen, args.reference)
                 gradients = torch.autograd.grad(scaler.scale(loss), trained, retain_graph=True)
                 references = torch.autograd.grad(scaler.scale(kept), trained)
+                references = remember(references, optimizer, trained, args.memory)
                 projected, cosine, share = project(gradients, references, args.scope)
                 for parameter, gradient in zip(trained, projected, strict=True):
                     parameter.grad = gradient

@@ -195,6 +195,24 @@ def test_projection_against_a_loop(seed, scope):
     assert min(dots) >= -1e-5 if scope == "layer" else sum(dots) >= -1e-5
 
 
+def test_references_remember_the_steps_before():
+    remember = method("grad_proj").remember
+    weights = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))]
+    optimizer = torch.optim.SGD(weights, lr=0.1, momentum=0.9, nesterov=True)
+    steps = [[torch.tensor([1.0, 2.0]), torch.tensor([4.0])], [torch.tensor([3.0, torch.inf]), torch.tensor([-4.0])]]
+    for number, references in enumerate(steps):
+        got = remember([r.bfloat16() for r in references], optimizer, weights, 0.5)
+        want = [[1, 2], [4]] if number == 0 else [[3.5, 1], [-2]]
+        assert [x.tolist() for x in got] == want and all(x.dtype is torch.float32 for x in got)
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()  # leaves them alone
+    resumed = torch.optim.SGD(weights, lr=0.1, momentum=0.9, nesterov=True)
+    resumed.load_state_dict(optimizer.state_dict())  # a checkpoint of the optimizer holds them
+    again = [remember([torch.ones(2), torch.ones(1)], o, weights, 0.5) for o in (optimizer, resumed)]
+    assert again[0][0].tolist() == again[1][0].tolist() == [2.75, 1.5]
+
+
 def test_projection_in_float32_and_without_a_reference():
     project = method("grad_proj").project
     half, _, _ = project([torch.ones(3, dtype=torch.bfloat16)], [-torch.ones(3, dtype=torch.bfloat16)], "global")
