@@ -15,9 +15,11 @@ import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import numpy as np
+import torch
 import tyro
 from scipy import stats
 from tqdm import tqdm
@@ -351,10 +353,60 @@ def draw(task, methods, folder):
     save("calibration", "before and after calibration", ax)
 
 
+# ------------------------------------------------------------------------------------------ speed
+
+
+@dataclass
+class Speed:
+    """What a training step of every method costs, as a ratio to naive_ft's, and lp_ft's probe against head updates
+    through the network. All in one run, in turns: bare times of a busy machine say little."""
+
+    methods: tuple[str, ...] = tuple(method for method in METHODS if method != "naive_ft")
+    """scripts by name, each with flags of its own if quoted"""
+    rounds: int = 5
+    """how often everything is measured; the medians count"""
+    steps: int = 60
+    """training steps per measurement, after a first epoch of as many that does not count"""
+    flags: str = ""
+    """flags for every run, with an equals sign: --flags="--arch resnet50 --device cuda" """
+    format: Literal["md", "csv", "json"] = "md"
+    """of the table"""
+
+
+def seconds_per_step(method, options, folder):
+    """One measurement of a method, from its own log, as a plain run of its script in `folder`."""
+    name, *own = shlex.split(method)
+    words = ["python", f"methods/{name}.py", "--epochs", "2", "--steps-per-epoch", str(options.steps), "--overwrite"]
+    words += ["--no-save-model", "--runs-dir", str(folder), *own, *shlex.split(options.flags)]
+    code, message = run_cell(words, torch.get_num_threads())
+    if code:
+        raise InputError(f"{shlex.join(words)}\n    exit code {code}: {message}")
+    done = max(Path(folder).rglob("done.json"), key=lambda path: path.stat().st_mtime_ns)
+    return (
+        json.loads(done.read_text())["args"]["batch_size"]
+        / read_lines(done.with_name("log.jsonl"))[-1]["images_per_second"]
+    )
+
+
+def measure_speed(options):
+    ratios = {method: [] for method in options.methods}
+    with TemporaryDirectory() as folder:
+        for _ in tqdm(range(options.rounds), unit="round"):
+            reference = seconds_per_step("naive_ft", options, folder)
+            for method in options.methods:
+                ratios[method].append(seconds_per_step(method, options, folder) / reference)
+    rows = [
+        {"method": method, "step time / naive_ft": float(np.median(r)), "least": min(r), "largest": max(r)}
+        for method, r in ratios.items()
+    ]
+    print(table(rows, options.format))
+
+
 if __name__ == "__main__":
-    options = tyro.extras.subcommand_cli_from_dict({"run": RunGrid, "report": Report})
+    do = {RunGrid: run_grid, Report: report, Speed: measure_speed}
+    options = tyro.extras.subcommand_cli_from_dict({"run": RunGrid, "report": Report, "speed": Speed})
     try:
-        run_grid(options) if isinstance(options, RunGrid) else report(options)
+        do[type(options)](options)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
