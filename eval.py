@@ -6,20 +6,26 @@ recomputes every figure from the runs' logits.npz; no model and no data set are 
 over all C candidate classes; where there is no image to average over they are None (null, -), never nan.
 """
 
+import contextlib
 import csv
 import dataclasses
+import hashlib
 import io
 import json
+import math
 import os
 import platform
 import shlex
+import signal
 import sys
+import threading
 import time
 import zipfile
 import zlib
 from pathlib import Path
 from typing import Literal
 
+import filelock
 import numpy as np
 import torch
 import tyro
@@ -186,32 +192,233 @@ def predict(model, images, return_features=False, batch_size=None):
     return (logits, features) if return_features else logits
 
 
-# ------------------------------------------------------------------------------------------ the run folder
+# ------------------------------------------------------------------------------------------ files that survive
 
 
 def write_atomic(path, write):
-    """Fill `path` by write(binary stream): it holds what it held before or all of the new, even after a crash."""
+    """Fill `path` by write(binary stream): it holds what it held before or all of the new, even after a crash.
+    Raises InputError, naming the file, where that is not possible (no space left, no permission)."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as stream:
             write(stream)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
+        if hasattr(os, "O_DIRECTORY"):  # the new name is on the disk only when the folder is
+            folder = os.open(path.parent, os.O_DIRECTORY)
+            os.fsync(folder)
+            os.close(folder)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror or error}); what it held is still there"
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def write_text(path, text):
     write_atomic(path, lambda stream: stream.write(text.encode()))
 
 
+def write_checkpoint(path, content):
+    """torch.save to memory, then to the file: on a full disk torch itself fails without saying why."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomic(path, lambda stream: stream.write(buffer.getbuffer()))
+
+
+def first_line(error):
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def read_checkpoint(path, flag="checkpoint"):
+    """What torch.save wrote to `path`, loaded as data only, on the CPU, its checksums verified, which torch does not
+    do. Raises InputError, naming the flag and file."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                if damaged := file.testzip():
+                    raise ValueError(f"the checksum of {damaged} is wrong")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(f"{flag} {path}: not a readable checkpoint ({first_line(error)})") from error
+
+
+def read_json(path):
+    try:
+        content = json.loads(Path(path).read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: unreadable ({error}); delete the run's folder or pass --overwrite") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not what a run writes; delete the run's folder or pass --overwrite")
+    return content
+
+
+def take_lock(path, owned, wait=False):
+    """A lock on a file, which the system frees when the process ends, however it does; None if another process has it
+    and wait is False. What an owner that died left half written of the files `owned`, a pattern, is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = filelock.FileLock(path)
+    try:
+        result.acquire(timeout=-1 if wait else 0)
+    except filelock.Timeout:
+        return None
+    for temporary in path.parent.glob(f".{owned}.tmp"):
+        temporary.unlink(missing_ok=True)
+    return result
+
+
+# Of this process: minutes between checkpoints, whether a step may be under way, the signal that asked it to stop.
+SAVING = {"minutes": 5.0, "in_step": False, "signal": 0}
+
+
+def on_signal(number, frame):
+    """Ctrl-C and SIGTERM: stop when the step is done and saved; at once where there is none, or when asked again."""
+    again, SAVING["signal"] = SAVING["signal"], number
+    if again or not SAVING["in_step"]:
+        raise SystemExit(128 + number)
+
+
+class Checkpoint:
+    """The file from which a training goes on. It belongs to an owner, a dict: everything that determines the training.
+
+    checkpoint = Checkpoint(path, owner)       # content: what the file holds, or None where there is none
+    checkpoint.resume(model=model, ...)        # puts all parts where the file left them
+    if checkpoint.due():                       # every SAVING["minutes"] and on a signal
+        checkpoint.save(step=step)             # ends the program after a signal
+    Raises InputError, naming the file, where it is damaged, another owner's or does not fit the parts.
+    """
+
+    def __init__(self, path, owner, anew=False):
+        self.path, self.owner, self.parts, self.content = path, owner, {}, None
+        if path.exists() and not anew:
+            try:
+                self.content = read_checkpoint(path)
+            except InputError as error:
+                self.refuse(f"not readable ({first_line(error.__cause__)})")
+            if not (isinstance(self.content, dict) and isinstance(self.content.get("owner"), dict)):
+                self.refuse("not the checkpoint of an unfinished training")
+            if other := differences(self.content["owner"], owner):
+                self.refuse(f"of a training with {other}")
+
+    def refuse(self, why):
+        raise InputError(
+            f"checkpoint {self.path}: {why}; delete it, or in a run's folder pass --overwrite, to start anew"
+        )
+
+    def resume(self, **parts):
+        """parts: whatever has a state_dict, model among them, and dicts of lists of tensors."""
+        self.parts, self.saved, SAVING["in_step"] = parts, time.perf_counter(), True
+        if self.content is None:
+            return
+        device = next(parts["model"].parameters()).device
+        try:
+            for name, part in parts.items():
+                state = self.content["parts"][name]
+                if isinstance(part, dict):
+                    part.update({key: [tensor.to(device) for tensor in value] for key, value in state.items()})
+                else:
+                    part.load_state_dict(state)
+            for name, state in self.content["generators"].items():
+                if name == "cpu":
+                    torch.set_rng_state(state)
+                elif name == device.type:
+                    getattr(torch, name).set_rng_state(state, *[device] * (name == "cuda"))
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            self.refuse(f"does not fit the model or the optimizer ({first_line(error)})")
+
+    def due(self):
+        return SAVING["signal"] or time.perf_counter() - self.saved >= 60 * SAVING["minutes"]
+
+    def finite(self):
+        """Whether all that the model and the optimizer hold is; waits for the device."""
+        tensors = [*self.parts["model"].state_dict().values()]
+        tensors += [value for state in self.parts["optimizer"].state.values() for value in state.values()]
+        return bool(torch.stack([tensor.isfinite().all() for tensor in tensors if torch.is_tensor(tensor)]).all())
+
+    def save(self, **more):
+        states = {name: part if isinstance(part, dict) else part.state_dict() for name, part in self.parts.items()}
+        device, generators = next(self.parts["model"].parameters()).device, {"cpu": torch.get_rng_state()}
+        if device.type != "cpu":
+            generators[device.type] = getattr(torch, device.type).get_rng_state(*[device] * (device.type == "cuda"))
+        write_checkpoint(self.path, {"owner": self.owner, "parts": states, "generators": generators, **more})
+        self.saved = time.perf_counter()
+        if SAVING["signal"]:
+            interruptible()
+
+
+def interruptible():
+    """From here to the next step Ctrl-C and SIGTERM end the program at once, one that came before does so now."""
+    SAVING["in_step"] = False
+    if SAVING["signal"]:
+        raise SystemExit(128 + SAVING["signal"])
+
+
+def check_progress(checkpoint, losses, steps, lr, backbone_lr):
+    """Raises InputError if one of the losses, floats of the steps up to `steps`, or a weight is not finite."""
+    bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
+    if bad is not None or not checkpoint.finite():
+        step, what = (
+            (steps, "a weight") if bad is None else (steps - len(losses) + bad + 1, f"the loss, {losses[bad]},")
+        )
+        raise InputError(
+            f"step {step}: {what} is not finite, with --lr {lr} and --backbone-lr {backbone_lr}: "
+            "try lower ones, a smaller --clip-grad or --amp off"
+        )
+
+
+# ------------------------------------------------------------------------------------------ the run folder
+
+
 BUSY = 3  # exit code of a run whose folder another process has
-NOT_COMPARED = ("device", "overwrite", "runs_dir", "data_root", "save_model")
-AT_LEAST = dict.fromkeys(("seed", "source_seed", "lr", "backbone_lr", "weight_decay"), 0)
-AT_LEAST |= {"epochs": 1, "steps_per_epoch": 1}
+NOT_COMPARED = ("device", "overwrite", "runs_dir", "data_root", "save_model", "checkpoint_every")
+PROGRESS = ("lines", "steps", "images", "values", "origin", "source", "source_train_accuracy")  # of a Run
+HEADER = "epoch     loss    seen  unseen overall  images/s  seconds"
+MOST, LEAST = torch.finfo(torch.float32).max, sys.float_info.min  # finite, and more than 0
+LIMITS = dict.fromkeys(("seed", "split_seed", "source_seed", "pseudo_split", "probe_steps"), (0, 2**63 - 1))
+LIMITS |= dict.fromkeys(("epochs", "steps_per_epoch", "batch_size", "copies", "tau"), (1, 2**63 - 1))
+LIMITS |= dict.fromkeys(("lr", "backbone_lr", "weight_decay", "checkpoint_every"), (0, MOST))
+LIMITS |= dict.fromkeys(("distill_weight", "rank_weight", "ft_lr_scale", "alpha"), (0, MOST))
+LIMITS |= {"a": (0, 1), "left_out": (0, 1), "memory": (0, 1), "late_lr": (LEAST, MOST), "clip_grad": (LEAST, math.inf)}
+
+
+def check_flags(args):
+    """Raises InputError on a flag's value outside LIMITS; nan is outside, None is left to the data set's recipe."""
+    for name, value in vars(args).items():
+        low, high = LIMITS.get(name, (0, 0))
+        if name in LIMITS and value is not None and not low <= value <= high:
+            least = "more than 0" if low == LEAST else f"{low} or more"
+            most = "finite" if high >= MOST else f"at most {high}"
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be {least if value < low else most}")
+    if args.name and (Path(args.name).name != args.name or args.name == ".."):
+        raise InputError(f"--name {args.name}: must be the name of a folder, not a path")
+
+
+def differences(old, new):
+    """What two runs' arguments differ in, for people; "" if in nothing that changes the result."""
+    names = [name for name in new | old if name not in NOT_COMPARED and new.get(name) != old.get(name)]
+    return ", ".join(f"{name} {old.get(name)} (now {new.get(name)})" for name in names)
+
+
+def fingerprint(model, task):
+    """A digest of the weights and of the target's labels and seen classes, for what args.json names by a path only."""
+    digest = hashlib.sha256()
+    for tensor in (*model.state_dict().values(), task.seen, task.target_train.labels, task.target_test.labels):
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def agree(old, new):
+    """Whether figures are the same up to rounding; a dict may lack what an earlier version did not compute."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return all(agree(old[name], new[name]) for name in old.keys() & new.keys())
+    if isinstance(old, list) and isinstance(new, list):
+        return len(old) == len(new) and all(map(agree, old, new))
+    return old == new or (isinstance(old, float) and isinstance(new, float) and abs(old - new) < 1e-6)
 
 
 class Run:
@@ -220,102 +427,200 @@ class Run:
     with Run(__file__, args) as run:        # an InputError inside is shown as one line, exit code 2
         args = run.open(task)               # writes nothing yet; a finished run is shown again and ends here
         run.evaluate(0, model)              # one line in log.jsonl and on the terminal
+        run.resume(model=model, ...)        # from the checkpoint of an earlier start; run.epoch and run.steps say where
         run.step(loss, images)              # counts a training step without waiting for the device
         run.finish(model)                   # logits.npz, model.pt and, last, done.json
+
+    Exit codes: 3, another process has the folder; 130 and 143, Ctrl-C and SIGTERM: the same command goes on.
     """
 
     def __init__(self, script, args):
-        self.args, self.started = args, time.perf_counter()
+        self.args, self.started, self.lock, self.handlers = args, time.perf_counter(), None, {}
         self.method = args.name or Path(script).stem + ("-oracle" if args.oracle else "")
+        self.lines, self.epoch, self.steps, self.images, self.values, self.pending = [], 1, 0, 0, {}, {}
+        self.origin = None
 
     def __enter__(self):
+        SAVING.update(minutes=self.args.checkpoint_every, in_step=False, signal=0)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # nohup, or a shell's &, has said that the signal shall be ignored
+            if threading.current_thread() is threading.main_thread() and signal.getsignal(number) != signal.SIG_IGN:
+                self.handlers[number] = signal.signal(number, on_signal)
+        try:
+            check_flags(self.args)
+        except InputError as error:
+            self.__exit__(InputError, error, None)
         return self
 
     def __exit__(self, kind, error, trace):
-        if isinstance(error, InputError):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        asked, SAVING["signal"], SAVING["in_step"] = SAVING["signal"], 0, False
+        if self.lock is not None:
+            self.leave()
+        if isinstance(error, torch.OutOfMemoryError):
+            error = InputError(
+                f"--batch-size {self.args.batch_size} (512 where nothing is trained): --device {self.args.device} is "
+                f"out of memory; pass a smaller one, and --overwrite ({first_line(error)})"
+            )
+        if isinstance(error, InputError | OSError):
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
+        if kind is SystemExit and asked:
+            command = "the same command" + ", without --overwrite," * (self.args.overwrite and bool(self.lines))
+            print(f"stopped by {signal.Signals(asked).name}; {command} goes on", file=sys.stderr)
+
+    def leave(self):
+        """Give the folder free, and take it away if nothing was written into it."""
+        with contextlib.suppress(OSError):  # a folder that is not empty stays
+            if [path.name for path in self.folder.iterdir()] == [".lock"]:
+                (self.folder / ".lock").unlink()
+                for folder in (self.folder, *list(self.folder.parents)[:3]):
+                    folder.rmdir()
+        self.lock.release()
 
     def open(self, task):
         """The args, with the task's recipe in place of every None. Raises InputError if the folder holds a run with
-        other arguments; if it holds a finished run with these, prints its result and ends the program."""
+        other arguments; if it holds a finished run with these, prints its result and ends the program, as it does
+        with exit code 3 if another process works in it."""
         defaults = {"source": task.source, "target": task.target, "seen_classes": str(int(task.seen.sum()))}
         defaults |= task.recipe
         blank = {name: value for name, value in defaults.items() if getattr(self.args, name) is None}
         args = self.args = dataclasses.replace(self.args, **blank)
-        for name, least in AT_LEAST.items():
-            if not getattr(args, name) >= least:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {least} or more")
         where = f"{args.dataset}/{args.source}-{args.target}/{self.method}/split{args.split_seed}-seed{args.seed}"
         where += "" if args.pseudo_split is None else f"-pseudo{args.pseudo_split}"
         self.task, self.folder = task, Path(args.runs_dir) / where
-        self.lines, self.steps, self.images, self.loss = [], 0, 0, 0.0
         self.record = {"method": self.method, **dataclasses.asdict(args)}
-        if (self.folder / "args.json").exists() and not args.overwrite:
-            old = read_json(self.folder / "args.json")
-            names = [n for n in self.record | old if n not in NOT_COMPARED and self.record.get(n) != old.get(n)]
-            if names:
-                other = ", ".join(f"{n} {old.get(n)} (now {self.record.get(n)})" for n in names)
-                raise InputError(f"{self.folder} holds a run with {other}; pass --overwrite, --name or --runs-dir")
-            if (self.folder / "done.json").exists():
-                done = read_json(self.folder / "done.json")
-                print(f"already finished (--overwrite runs it again): {self.folder}\n{result_table(done)}")
-                raise SystemExit(0)
+        if os.path.isfile(args.seen_classes):
+            self.record["seen_classes"] = ",".join(
+                name for name, is_seen in zip(task.classes, task.seen, strict=False) if is_seen
+            )
+        self.show_if_finished()
+        self.lock = take_lock(self.folder / ".lock", owned="*")
+        if self.lock is None:
+            print(f"another process is at work in {self.folder}; wait for it, or pass --name", file=sys.stderr)
+            raise SystemExit(BUSY)
+        self.show_if_finished()  # by now, perhaps
+        self.checkpoint = Checkpoint(self.folder / "checkpoint.pt", self.record, anew=args.overwrite)
+        if saved := self.checkpoint.content:
+            try:
+                vars(self).update({name: saved[name] for name in PROGRESS})
+                self.epoch, self.started = len(self.lines), self.started - saved["seconds"]
+            except (KeyError, TypeError) as error:
+                self.checkpoint.refuse(f"incomplete ({type(error).__name__}: {error})")
         return args
 
-    def step(self, loss, images):
-        """Count a training step. The loss is added up on its device and read when the next evaluation prints it."""
-        self.steps, self.images, self.loss = self.steps + 1, self.images + len(images), self.loss + loss.detach()
+    def show_if_finished(self):
+        """Ends the program if the folder holds a finished run with the same arguments. Raises InputError if it holds
+        one with others, or figures that its logits do not give."""
+        if self.args.overwrite or not any((self.folder / name).exists() for name in ("args.json", "done.json")):
+            return
+        if other := differences(read_json(self.folder / "args.json"), self.record):
+            raise InputError(f"{self.folder} holds a run with {other}; pass --overwrite, --name or --runs-dir")
+        if (self.folder / "done.json").exists():
+            try:
+                done, run = read_json(self.folder / "done.json"), read_run(self.folder)
+            except InputError as error:
+                raise InputError(f"{error}; --overwrite runs it again") from error
+            if not agree([done.get("source"), done.get("final")], [run["source"], run["final"]]):
+                raise InputError(f"{self.folder}: logits.npz does not give what done.json has; pass --overwrite")
+            with contextlib.suppress(OSError):  # if it was killed between its last two steps
+                (self.folder / "checkpoint.pt").unlink()
+            print(f"already finished (--overwrite runs it again): {self.folder}\n{result_table(run)}")
+            raise SystemExit(0)
+
+    def resume(self, **parts):
+        """Put the parts, all that a step changes, where the checkpoint of an earlier start left them, if there is one.
+        From here on Ctrl-C and SIGTERM wait for the end of a step and for its checkpoint."""
+        self.checkpoint.resume(**parts)
+        self.clock = time.perf_counter()
+        if self.checkpoint.content:
+            self.clock -= self.checkpoint.content["seconds_since_evaluation"]
+            self.checkpoint.content = None
+            self.write_log()
+            print(f"{self.folder} goes on after step {self.steps}\n{HEADER}")
+
+    def write_log(self):
+        if not (self.folder / "args.json").exists():
+            write_text(self.folder / "args.json", json.dumps(self.record, indent=2))
+        write_text(self.folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
+
+    def step(self, loss, images, **extras):
+        """Count a training step. The loss, and extras (scalar tensors) whose means evaluate puts into the log, stay on
+        their device until then or until a checkpoint is due."""
+        self.steps, self.images = self.steps + 1, self.images + len(images)
+        for name, value in {"loss": loss, **extras}.items():
+            self.pending.setdefault(name, []).append(value.detach())
+        if self.checkpoint.due():
+            self.save()
+
+    def save(self):
+        """Write the checkpoint. Raises InputError at a loss or a weight that is not finite."""
+        for name, values in self.pending.items():
+            self.values.setdefault(name, []).extend(torch.stack(values).tolist())  # waits for the device
+        self.pending, now = {}, time.perf_counter()
+        check_progress(self.checkpoint, self.values.get("loss", []), self.steps, self.args.lr, self.args.backbone_lr)
+        progress = {name: getattr(self, name) for name in PROGRESS}
+        self.checkpoint.save(**progress, seconds=now - self.started, seconds_since_evaluation=now - self.clock)
 
     def evaluate(self, epoch, model, **extras):
         """Accuracies on the target's test images, with extras (numbers or lists) beside them in log.jsonl. Epoch 0 is
-        the source model and starts the folder, in place of what an unfinished run left there."""
-        before = self.lines[-1]["step"] if self.lines else 0
-        loss = float(self.loss) / (self.steps - before) if self.steps > before else None  # waits for the device
+        the source model and starts the folder, in place of what was there. Does nothing if a checkpoint has it."""
+        if epoch == 0:
+            before, self.origin = self.origin, fingerprint(model, self.task)
+            if self.lines and before != self.origin:
+                self.checkpoint.refuse("of a run from another source model or with other classes or images")
+        if epoch < len(self.lines):
+            return
+        if epoch:
+            self.save()
         speed = self.images / (time.perf_counter() - self.clock) if self.images else None
-        if loss is not None and not np.isfinite(loss):
-            raise InputError(f"steps {before + 1}-{self.steps}: the loss is {loss}, lr {self.args.lr}: try a lower one")
-        self.test_logits = predict(model, self.task.target_test.images)
-        figures = accuracies(self.test_logits, self.task.target_test.labels, self.task.seen)
+        interruptible()
+        test_logits = self.test_logits = predict(model, self.task.target_test.images)
+        figures = accuracies(test_logits, self.task.target_test.labels, self.task.seen)
+        means = {name: mean if math.isfinite(mean := float(np.mean(v))) else None for name, v in self.values.items()}
         if epoch == 0:
             train_logits = predict(model, self.task.target_train.images)
-            self.source = self.test_logits, train_logits, figures
+            self.source = {"test": torch.from_numpy(test_logits), "train": torch.from_numpy(train_logits)}
+            self.source["figures"] = figures
             correct = train_logits.argmax(1) == self.task.target_train.labels.numpy()
             self.source_train_accuracy = extras["train"] = mean_percent(correct)
-            (self.folder / "done.json").unlink(missing_ok=True)
-            write_text(self.folder / "args.json", json.dumps(self.record, indent=2))
-            print(f"{self.folder}\nepoch     loss    seen  unseen overall  images/s  seconds")
-        seconds = time.perf_counter() - self.started
+            for name in ("done.json", "logits.npz", "model.pt", "checkpoint.pt", "args.json"):
+                (self.folder / name).unlink(missing_ok=True)
+            print(f"{self.folder}\n{HEADER}")
+        seconds, loss = time.perf_counter() - self.started, means.pop("loss", None)
         line = {"epoch": epoch, "step": self.steps, "loss": loss, **figures}
-        self.lines.append({**line, "images_per_second": speed, "seconds": seconds, **extras})
-        write_text(self.folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
+        self.lines.append({**line, "images_per_second": speed, "seconds": seconds, **extras, **means})
+        self.write_log()
         cells = number(loss, 9, 4) + "".join(number(figures[k], 8) for k in ("seen", "unseen", "overall"))
-        more = "".join(f"  {name} {value:.4g}" for name, value in extras.items() if isinstance(value, float))
+        more = "".join(f"  {k} {v:.4g}" for k, v in (extras | means).items() if isinstance(v, float))
         print(f"{epoch:5d}{cells}{number(speed, 10, 0)}{number(seconds, 9, 1)}{more}", flush=True)
-        self.loss, self.images, self.clock = 0.0, 0, time.perf_counter()
+        self.values, self.images, self.clock, SAVING["in_step"] = {}, 0, time.perf_counter(), epoch > 0
 
     def finish(self, model):
         """Save what `model`, the one evaluated last, is and predicts. With done.json, the last file, it is finished."""
-        task, (source_test, source_train, source_figures) = self.task, self.source
+        interruptible()
+        task = self.task
         arrays = {
             "test_logits": self.test_logits,
             "test_labels": task.target_test.labels.numpy(),
             "train_logits": predict(model, task.target_train.images),
             "train_labels": task.target_train.labels.numpy(),
-            "source_test_logits": source_test,
-            "source_train_logits": source_train,
+            "source_test_logits": self.source["test"].numpy(),
+            "source_train_logits": self.source["train"].numpy(),
             "seen": task.seen.numpy(),
             "classes": np.array(task.classes),
         }
         write_atomic(self.folder / "logits.npz", lambda stream: np.savez(stream, **arrays))
         if self.args.save_model:
             content = {"model": model.state_dict(), "classes": task.classes, "arch": self.args.arch}
-            write_atomic(self.folder / "model.pt", lambda stream: torch.save(content, stream))
+            write_checkpoint(self.folder / "model.pt", content)
         final = accuracies(arrays["test_logits"], arrays["test_labels"], arrays["seen"])
         command = shlex.join(["python", f"methods/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-        done = {"source": source_figures, "final": final, "args": self.record, "command": command}
+        done = {"source": self.source["figures"], "final": final, "args": self.record, "command": command}
         done |= {"seconds": time.perf_counter() - self.started, "versions": versions(self.args.device)}
         write_text(self.folder / "done.json", json.dumps(done, indent=2))
+        (self.folder / "checkpoint.pt").unlink(missing_ok=True)
         print(result_table(done))
 
 
@@ -323,13 +628,6 @@ def versions(device):
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and device != "cpu" else None
     packages = {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
     return {**packages, "machine": platform.machine(), "threads": torch.get_num_threads(), "gpu": gpu}
-
-
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: unreadable ({error}); delete the run's folder or pass --overwrite") from error
 
 
 # ------------------------------------------------------------------------------------------ tables

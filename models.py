@@ -14,9 +14,18 @@ import torchvision
 from torch import nn
 from tqdm import tqdm
 
-from eval import InputError, predict, write_atomic
+from eval import (
+    Checkpoint,
+    InputError,
+    check_progress,
+    interruptible,
+    predict,
+    read_checkpoint,
+    take_lock,
+    write_checkpoint,
+)
 
-SOURCE_VERSION = 2  # raise it when a change below makes another source model from the same arguments
+SOURCE_VERSION = 3  # raise it when a change below makes another source model from the same arguments
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
@@ -115,8 +124,8 @@ def device_and_amp(device, amp):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()  # the device meta holds no numbers
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"--device {device}: not available here ({str(error).splitlines()[0]})") from error
     if amp == "auto" and torch.device(device).type == "cuda":
         amp = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
@@ -125,16 +134,9 @@ def device_and_amp(device, amp):
     return torch.device(device), None if amp in ("auto", "off") else getattr(torch, amp)
 
 
-def read_checkpoint(path, flag):
-    """What torch.save wrote to `path`, loaded as data only, on the CPU. Raises InputError, naming the flag and file."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise InputError(f"{flag} {path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
-
-
 def load_state(model, state, where):
-    """model.load_state_dict, with an InputError that lists keys that are missing, unexpected or of another shape."""
+    """model.load_state_dict, with an InputError that lists keys that are missing, unexpected, of another shape or not
+    finite."""
     own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     its = {key: tuple(getattr(value, "shape", ())) for key, value in state.items()} if isinstance(state, dict) else {}
     both = [key for key in own if key in its and own[key] != its[key]]
@@ -142,6 +144,7 @@ def load_state(model, state, where):
         "missing": [key for key in own if key not in its],
         "unexpected": [key for key in its if key not in own],
         "of another shape": [f"{key} {its[key]}, not {own[key]}" for key in both],
+        "not finite": [key for key in its if torch.is_tensor(state[key]) and not state[key].isfinite().all()],
     }
     if any(problems.values()):
         listed = [f"{kind}: {', '.join(keys[:6])}{' ...' * (len(keys) > 6)}" for kind, keys in problems.items() if keys]
@@ -152,8 +155,9 @@ def load_state(model, state, where):
 # ------------------------------------------------------------------------------------------ source model
 
 
-def train_source(model, task, seed, steps, batch_size, lr, backbone_lr):
-    """Train on all classes of the source domain: cross-entropy, SGD with nesterov momentum, cosine schedule."""
+def train_source(model, task, seed, checkpoint, steps, batch_size, lr, backbone_lr):
+    """Train on all classes of the source domain: cross-entropy, SGD with nesterov momentum, cosine schedule. Goes on
+    from the Checkpoint where it has a content."""
     device = model.mean.device
     batches = task.source_train.batches(batch_size, device, seed)
     rates = [{"params": model.backbone.parameters(), "lr": backbone_lr}, {"params": model.head.parameters(), "lr": lr}]
@@ -163,8 +167,11 @@ def train_source(model, task, seed, steps, batch_size, lr, backbone_lr):
     threads = torch.get_num_threads()
     if device.type == "cpu" and sum(parameter.numel() for parameter in model.parameters()) < 1_000_000:
         torch.set_num_threads(1)  # costs little, and the weights do not depend on how many cores there are
+    first, losses = (checkpoint.content or {}).get("steps", 0), []
+    checkpoint.resume(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
     model.train()
-    for step in tqdm(range(steps), desc=f"source model on {task.source}", unit="step"):
+    bar = tqdm(range(first, steps), f"source model on {task.source}", initial=first, total=steps, unit="step")
+    for step in bar:
         images, labels = batches(step)
         loss = F.cross_entropy(model(images), labels)
         optimizer.zero_grad()
@@ -172,6 +179,12 @@ def train_source(model, task, seed, steps, batch_size, lr, backbone_lr):
         scaler.step(optimizer)
         scaler.update()
         scheduler.step()
+        losses.append(loss.detach())
+        if checkpoint.due() or step == steps - 1:
+            check_progress(checkpoint, torch.stack(losses).tolist(), step + 1, lr, backbone_lr)
+            checkpoint.save(steps=step + 1)
+            losses = []
+    interruptible()
     torch.set_num_threads(threads)
     correct = predict(model, task.source_test.images).argmax(1) == task.source_test.labels.numpy()
     print(f"source model: {100 * correct.mean():.2f} % on {len(correct)} test images of {task.source}")
@@ -182,11 +195,12 @@ def source_model(task, arch, device="cpu", amp=None, weights=None, checkpoint=No
 
     checkpoint: a file with {"model": state dict, "classes": names}, as runs and this function write it, or with a bare
     state dict. Otherwise it is read from the folder cache/source_models, or trained on task.source_train and put
-    there, under a key of everything that determines it. Raises InputError if the checkpoint does not fit.
+    there, under a key of everything that determines it; of several processes one trains and the others wait. Raises
+    InputError if the checkpoint does not fit, or the cached file is not what was put there.
     """
     shape = tuple(task.source_train.images.shape[1:])
     if checkpoint is not None:
-        model, path = build(arch, len(task.classes), shape, "none"), checkpoint
+        model, path, key = build(arch, len(task.classes), shape, "none"), Path(checkpoint), None
     else:
         torch.manual_seed(seed)
         model = build(arch, len(task.classes), shape, weights)
@@ -194,20 +208,35 @@ def source_model(task, arch, device="cpu", amp=None, weights=None, checkpoint=No
         recipe |= {"weights": weights, "augmentation": task.source_train.augmentation, "classes": task.classes}
         key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
         key.update(task.source_train.images.numpy().tobytes() + task.source_train.labels.numpy().tobytes())
-        path = Path(cache) / "source_models" / f"{task.dataset}-{task.source}-{arch}-{key.hexdigest()[:16]}.pt"
+        key = key.hexdigest()
+        path = Path(cache) / "source_models" / f"{task.dataset}-{task.source}-{arch}-{key[:16]}.pt"
     model = model.to(device, memory_format=torch.channels_last)
     model.amp = amp
-    if checkpoint is None and not path.exists():
-        train_source(model, task, seed, **task.source_recipe)
-        content = {"model": model.state_dict(), "classes": task.classes, "arch": arch}
-        write_atomic(path, lambda stream: torch.save(content, stream))
-    else:
-        saved = read_checkpoint(path, "--source-checkpoint")
-        if isinstance(saved, dict) and isinstance(saved.get("model"), dict):
-            if list(saved.get("classes", task.classes)) != list(task.classes):
-                raise InputError(
-                    f"--source-checkpoint {path}: its classes or their order are not those of {task.dataset}"
-                )
-            saved = saved["model"]
-        load_state(model, saved, f"--source-checkpoint {path}")
+    unfinished = path.with_suffix(".unfinished") if key else None
+    if key and (unfinished.exists() or not path.exists()):
+        lock = take_lock(path.with_suffix(".lock"), f"{path.stem}*")
+        if lock is None:
+            print(f"another process trains the source model {path}: waiting for it", flush=True)
+            lock = take_lock(path.with_suffix(".lock"), f"{path.stem}*", wait=True)
+        try:
+            if not path.exists():
+                train_source(model, task, seed, Checkpoint(unfinished, {"key": key}), **task.source_recipe)
+                content = {"model": model.state_dict(), "classes": task.classes, "arch": arch, "key": key}
+                write_checkpoint(path, content)
+            unfinished.unlink(missing_ok=True)
+        except torch.OutOfMemoryError as error:
+            size = task.source_recipe["batch_size"]
+            raise InputError(
+                f"source model, batches of {size} images: {device} is out of memory; use another"
+            ) from error
+        finally:
+            lock.release()
+    saved, where = read_checkpoint(path, "--source-checkpoint"), f"--source-checkpoint {path}"
+    if key and not (isinstance(saved, dict) and saved.get("key") == key):
+        raise InputError(f"{path}: not the source model that was put there; delete it, to train it again")
+    if isinstance(saved, dict) and isinstance(saved.get("model"), dict):
+        if list(saved.get("classes", task.classes)) != list(task.classes):
+            raise InputError(f"{where}: its classes or their order are not those of {task.dataset}")
+        saved = saved["model"]
+    load_state(model, saved, where)
     return model.eval()

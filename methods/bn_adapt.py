@@ -79,19 +79,14 @@ class Args:
     """where run folders and source models are kept"""
     name: str | None = None
     """the method's name in the run folder, to keep variants apart; None: this script's"""
+    checkpoint_every: float = 5.0
+    """minutes between checkpoints, from which the same command goes on; 0: one after every step"""
     save_model: bool = True
     """keep the adapted weights as model.pt"""
     overwrite: bool = False
-    """run again what is finished"""
+    """start anew, whatever the run folder holds"""
     mode: Literal["affine", "stats"] = "affine"
     """train scale and shift by gradient, or re-estimate the statistics"""
-
-
-def restart_statistics(layers):
-    """Let every layer average mean and variance over the batches that follow, each with the same weight."""
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None
 
 
 if __name__ == "__main__":
@@ -124,15 +119,17 @@ if __name__ == "__main__":
         model.requires_grad_(False)
         for layer in layers:
             layer.requires_grad_(args.mode == "affine")
+            layer.momentum = layer.momentum if args.mode == "affine" else None  # None: all batches weigh the same
 
         run.evaluate(0, model)
-        for epoch in range(1, args.epochs + 1):
+        run.resume(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
+        for epoch in range(run.epoch, args.epochs + 1):
             model.train()
             for layer in models.batchnorms(model):
                 layer.train(args.mode == "stats" or args.bn_mode == "train")
-            if args.mode == "stats":
-                restart_statistics(layers)
-            for step in range((epoch - 1) * args.steps_per_epoch, epoch * args.steps_per_epoch):
+                if args.mode == "stats" and run.steps == (epoch - 1) * args.steps_per_epoch:
+                    layer.reset_running_stats()
+            for step in range(run.steps, epoch * args.steps_per_epoch):
                 images, labels = batches(step)
                 logits = model(images)  # in mode stats, the forward pass is all there is
                 loss = F.cross_entropy(logits, labels)

@@ -83,10 +83,12 @@ class Args:
     """where run folders and source models are kept"""
     name: str | None = None
     """the method's name in the run folder, to keep variants apart; None: this script's"""
+    checkpoint_every: float = 5.0
+    """minutes between checkpoints, from which the same command goes on; 0: one after every step"""
     save_model: bool = True
     """keep the adapted weights as model.pt"""
     overwrite: bool = False
-    """run again what is finished"""
+    """start anew, whatever the run folder holds"""
     reference: Literal["lumped", "gap"] = "lumped"
     """what P preserves"""
     scope: Literal["global", "layer"] = "global"
@@ -158,12 +160,12 @@ if __name__ == "__main__":
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
         run.evaluate(0, model)
-        for epoch in range(1, args.epochs + 1):
+        run.resume(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
+        for epoch in range(run.epoch, args.epochs + 1):
             model.train()
             for layer in models.batchnorms(model):
                 layer.train(args.bn_mode == "train")
-            cosines, shares = [], []
-            for step in range((epoch - 1) * args.steps_per_epoch, epoch * args.steps_per_epoch):
+            for step in range(run.steps, epoch * args.steps_per_epoch):
                 images, labels = batches(step)
                 with torch.no_grad():
                     source_logits = source_model(images)
@@ -176,14 +178,11 @@ if __name__ == "__main__":
                 projected, cosine, share = project(gradients, references, args.scope)
                 for parameter, gradient in zip(trained, projected, strict=True):
                     parameter.grad = gradient
-                cosines.append(cosine)
-                shares.append(share)
                 scaler.unscale_(optimizer)
                 torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
                 scaler.step(optimizer)
                 scaler.update()
                 scheduler.step()
-                run.step(loss, images)
-            cosine, projected = float(torch.stack(cosines).mean()), float(torch.stack(shares).mean())
-            run.evaluate(epoch, model, cosine=cosine, projected=projected)
+                run.step(loss, images, cosine=cosine, projected=share)
+            run.evaluate(epoch, model)
         run.finish(model)

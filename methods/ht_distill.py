@@ -79,10 +79,12 @@ class Args:
     """where run folders and source models are kept"""
     name: str | None = None
     """the method's name in the run folder, to keep variants apart; None: this script's"""
+    checkpoint_every: float = 5.0
+    """minutes between checkpoints, from which the same command goes on; 0: one after every step"""
     save_model: bool = True
     """keep the adapted weights as model.pt"""
     overwrite: bool = False
-    """run again what is finished"""
+    """start anew, whatever the run folder holds"""
     distill: Literal["mass", "lumped", "unseen", "all"] = "mass"
     """outcomes: seen share of cut images; the unseen classes and all seen as one; unseen classes; all classes"""
     distill_weight: float = 5.0
@@ -163,11 +165,12 @@ if __name__ == "__main__":
         run.evaluate(0, model, effective_rank=effective_rank(model, task.target_train.images))
         if run.source_train_accuracy < 50:
             print(f"warning: a weak teacher, {run.source_train_accuracy:.1f} % on the target's training images")
-        for epoch in range(1, args.epochs + 1):
+        run.resume(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
+        for epoch in range(run.epoch, args.epochs + 1):
             model.train()
             for layer in models.batchnorms(model):
                 layer.train(args.bn_mode == "train")
-            for step in range((epoch - 1) * args.steps_per_epoch, epoch * args.steps_per_epoch):
+            for step in range(run.steps, epoch * args.steps_per_epoch):
                 images, labels = batches(step)
                 cut = cut_mix(images[:cut_images], data.generator(device, args.seed, 3, step))
                 logits, features = model(torch.cat([images, cut]), return_features=True)

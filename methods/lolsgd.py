@@ -80,10 +80,12 @@ class Args:
     """where run folders and source models are kept"""
     name: str | None = None
     """the method's name in the run folder, to keep variants apart; None: this script's"""
+    checkpoint_every: float = 5.0
+    """minutes between checkpoints, from which the same command goes on; 0: one after every step"""
     save_model: bool = True
     """keep the adapted weights as model.pt"""
     overwrite: bool = False
-    """run again what is finished"""
+    """start anew, whatever the run folder holds"""
     copies: int = 4
     """M, copies per round"""
     tau: int = 5
@@ -103,27 +105,36 @@ def draw_classes(seen, left_out, rng):
     return kept
 
 
-def local_rounds(model, optimizer, seen, args, epoch, spreads):
-    """Yield (step, the classes of its batch) of an epoch; between the steps, begin copies and average them. Appends to
-    spreads how far the copies part in each round: the root of mean |w_m - mean|^2 over |mean - start|."""
-    rounds = max(1, args.epochs * args.steps_per_epoch // (args.copies * args.tau))
-    state = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]  # BatchNorm buffers too
-    for number in range((epoch - 1) * rounds // args.epochs, epoch * rounds // args.epochs):
-        start, moved = [tensor.clone() for tensor in state], []
-        for copy_ in range(number * args.copies, (number + 1) * args.copies):
-            optimizer.state.clear()
-            kept = draw_classes(seen, args.left_out, data.generator("cpu", args.seed, 4, copy_))
-            for step in range(copy_ * args.tau, (copy_ + 1) * args.tau):
-                yield step, kept
-            with torch.no_grad():
-                moved.append([tensor - tensor0 for tensor, tensor0 in zip(state, start, strict=True)])
-                torch._foreach_copy_(state, start)
-        with torch.no_grad():
-            mean = [torch.stack(tensors).mean(0) for tensors in zip(*moved, strict=True)]
-            torch._foreach_add_(state, mean)
-            length = sum(tensor.square().sum() for tensor in mean)
-            lengths = sum(tensor.square().sum() for tensors in moved for tensor in tensors) / len(moved)
-            spreads.append((lengths / length - 1).clamp_min(0).sqrt())
+def begin_step(model, optimizer, seen, args, step, local):
+    """The classes, bool [C], of the copy that a step belongs to. A copy starts without momentum; local, a dict, keeps
+    the weights from which the copies of a round start, and how far each has moved."""
+    if step % args.tau == 0:
+        optimizer.state.clear()
+    if step % (args.tau * args.copies) == 0:
+        local["start"], local["moved"] = [tensor.clone() for tensor in floats(model)], []
+    return draw_classes(seen, args.left_out, data.generator("cpu", args.seed, 4, step // args.tau))
+
+
+@torch.no_grad()
+def end_step(model, args, step, local):
+    """After a copy's last step, put the model back to the start; after a round's, to the average of its copies. Then
+    also {"spread": how far the copies part, the root of mean |w_m - mean|^2 over |mean - start|}, else {}."""
+    state, start, moved = floats(model), local["start"], local["moved"]
+    if (step + 1) % args.tau:
+        return {}
+    moved += [tensor - tensor0 for tensor, tensor0 in zip(state, start, strict=True)]
+    torch._foreach_copy_(state, start)
+    if (step + 1) % (args.tau * args.copies):
+        return {}
+    mean = [torch.stack(moved[i :: len(state)]).mean(0) for i in range(len(state))]
+    torch._foreach_add_(state, mean)
+    lengths = sum(tensor.square().sum() for tensor in moved) / args.copies
+    return {"spread": (lengths / sum(tensor.square().sum() for tensor in mean) - 1).clamp_min(0).sqrt()}
+
+
+def floats(model):
+    """The tensors that are averaged: weights and BatchNorm's statistics."""
+    return [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
 
 
 if __name__ == "__main__":
@@ -151,14 +162,17 @@ if __name__ == "__main__":
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * args.steps_per_epoch)
         scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
         seen = (task.seen | args.oracle).to(device)  # with images of all classes, none is unseen
+        rounds = max(1, args.epochs * args.steps_per_epoch // (args.tau * args.copies))
+        local = {}
 
         run.evaluate(0, model)
-        for epoch in range(1, args.epochs + 1):
+        run.resume(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, local=local)
+        for epoch in range(run.epoch, args.epochs + 1):
             model.train()
             for layer in models.batchnorms(model):
                 layer.train(args.bn_mode == "train")
-            spreads = []
-            for step, kept in local_rounds(model, optimizer, seen.cpu(), args, epoch, spreads):
+            for step in range(run.steps, epoch * rounds // args.epochs * args.tau * args.copies):
+                kept = begin_step(model, optimizer, task.seen | args.oracle, args, step, local)
                 images, labels = batches(step, kept)
                 compared = {"subset": kept.to(device), "seen": seen, "all": seen | True}[args.ce]
                 loss = F.cross_entropy(model(images).masked_fill(~compared, -torch.inf), labels)
@@ -169,6 +183,6 @@ if __name__ == "__main__":
                 scaler.step(optimizer)
                 scaler.update()
                 scheduler.step()
-                run.step(loss, images)
-            run.evaluate(epoch, model, spread=float(torch.stack(spreads).mean()) if spreads else None)
+                run.step(loss, images, **end_step(model, args, step, local))
+            run.evaluate(epoch, model)
         run.finish(model)

@@ -78,10 +78,12 @@ class Args:
     """where run folders and source models are kept"""
     name: str | None = None
     """the method's name in the run folder, to keep variants apart; None: this script's"""
+    checkpoint_every: float = 5.0
+    """minutes between checkpoints, from which the same command goes on; 0: one after every step"""
     save_model: bool = True
     """keep the adapted weights as model.pt"""
     overwrite: bool = False
-    """run again what is finished"""
+    """start anew, whatever the run folder holds"""
     alpha: float = 0.0
     """factor on the unseen logits inside cross-entropy; 0 leaves them out, 1 is naive fine-tuning"""
 
@@ -119,11 +121,12 @@ if __name__ == "__main__":
         seen = (task.seen | args.oracle).to(device)  # with images of all classes, none is unseen
 
         run.evaluate(0, model)
-        for epoch in range(1, args.epochs + 1):
+        run.resume(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
+        for epoch in range(run.epoch, args.epochs + 1):
             model.train()
             for layer in models.batchnorms(model):
                 layer.train(args.bn_mode == "train")
-            for step in range((epoch - 1) * args.steps_per_epoch, epoch * args.steps_per_epoch):
+            for step in range(run.steps, epoch * args.steps_per_epoch):
                 images, labels = batches(step)
                 loss = restricted_cross_entropy(model(images), labels, seen, args.alpha)
                 optimizer.zero_grad()

@@ -80,10 +80,12 @@ class Args:
     """where run folders and source models are kept"""
     name: str | None = None
     """the method's name in the run folder, to keep variants apart; None: this script's"""
+    checkpoint_every: float = 5.0
+    """minutes between checkpoints, from which the same command goes on; 0: one after every step"""
     save_model: bool = True
     """keep the adapted weights as model.pt"""
     overwrite: bool = False
-    """run again what is finished"""
+    """start anew, whatever the run folder holds"""
     mode: Literal["weights", "logits"] = "weights"
     """what is averaged"""
     a: float = 0.5
@@ -149,11 +151,12 @@ if __name__ == "__main__":
         scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
 
         run.evaluate(0, model)
-        for epoch in range(1, args.epochs + 1):
+        run.resume(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
+        for epoch in range(run.epoch, args.epochs + 1):
             model.train()
             for layer in models.batchnorms(model):
                 layer.train(args.bn_mode == "train")
-            for step in range((epoch - 1) * args.steps_per_epoch, epoch * args.steps_per_epoch):
+            for step in range(run.steps, epoch * args.steps_per_epoch):
                 images, labels = batches(step)
                 loss = F.cross_entropy(model(images), labels)
                 optimizer.zero_grad()
