@@ -131,11 +131,11 @@ def split_by_class(labels, share, rng):
 
 def choose_seen(seen_classes, classes, split_seed):
     """The seen mask, bool [C]. seen_classes: how many (drawn by split_seed), or a text file with a name per line."""
-    if seen_classes.removeprefix("-").isdigit():
+    if seen_classes.removeprefix("-").isdecimal():
         count = int(seen_classes)
         index = np.random.default_rng((split_seed, 0)).permutation(len(classes))[: max(count, 0)]
     elif Path(seen_classes).is_file():
-        names = {line.strip() for line in Path(seen_classes).read_text().splitlines() if line.strip()}
+        names = {line.strip() for line in Path(seen_classes).read_text(errors="replace").splitlines() if line.strip()}
         if unknown := sorted(names - set(classes)):
             raise InputError(f"--seen-classes {seen_classes}: unknown {unknown}; the classes are {', '.join(classes)}")
         index, count = [classes.index(name) for name in names], len(names)
