@@ -1,6 +1,7 @@
 """Every script, run as a program."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -111,41 +112,12 @@ def test_a_finished_run_is_kept(run_method, capsys):
     assert json.loads((folder / "done.json").read_text())["args"]["lr"] == 0.001
 
 
-BAD = [
-    (["--dataset", "imagenet"], "--dataset imagenet"),
-    (["--source", "svhn"], "--source svhn"),
-    (["--target", "mnist"], "--target mnist"),
-    (["--arch", "resnet51"], "--arch resnet51"),
-    (["--seen-classes", "0"], "--seen-classes 0"),
-    (["--seen-classes", "-1"], "--seen-classes -1"),
-    (["--seen-classes", "10"], "--seen-classes 10"),
-    (["--batch-size", "5000"], "--batch-size 5000"),
-    (["--source-checkpoint", "nowhere.pt"], "--source-checkpoint nowhere.pt"),
-    (["--device", "toaster"], "--device toaster"),
-    *([] if torch.cuda.is_available() else [(["--device", "cuda"], "--device cuda")]),
-    (["--lr", "fast"], "--lr"),
-    (["--seed", "-1"], "--seed -1"),
-    (["--epochs", "0"], "--epochs 0"),
-    (["--pseudo-split", "-1"], "--pseudo-split -1"),
-    (["--pseudo-split", "0", "--oracle"], "--pseudo-split 0"),
-    (["--steps-per-epoch", "0"], "--steps-per-epoch 0"),
-]
-
-
-@pytest.mark.parametrize("flags, message", BAD, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
-def test_bad_input_ends_at_once(flags, message, run_method, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        run_method("ht_distill", *flags, runs=tmp_path)
-    assert stop.value.code == 2 and not list(tmp_path.iterdir()), "nothing trained, nothing written"
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.startswith("error: ") == (flags != ["--lr", "fast"])
-
-
 def test_a_diverging_run_stops(run_method, capsys):
     with pytest.raises(SystemExit) as stop:
         run_method("naive_ft", "--lr", "1e9", "--backbone-lr", "1e9", "--clip-grad", "inf", "--name", "diverging")
-    assert stop.value.code == 2 and "lr 1000000000.0: try a lower one" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "with --lr 1000000000.0 and --backbone-lr 1000000000.0: try lower ones" in error
+    assert re.match(r"error: step [123]: the loss, (nan|inf), is not finite", error)
 
 
 @pytest.mark.parametrize("method", ["naive_ft", "ht_distill", "wise_ft"])  # test_siblings: all import the same
