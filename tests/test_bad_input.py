@@ -201,6 +201,8 @@ def wrong():
     for flag in ("seed", "split-seed", "source-seed"):
         for value in ("-1", str(2**63), "1.5", "one"):
             yield "lp_ft", [f"--{flag}", value], flag
+    for own in (["-1"], ["x"], ["0", "--oracle"], ["0", "--seen-classes", "1"]):
+        yield "lp_ft", ["--pseudo-split", *own], "pseudo-split"
     for flag in ("lr", "backbone-lr", "weight-decay", "checkpoint-every"):
         for value in ("-0.1", "nan", "inf", "1e39", "fast"):
             yield "frozen_classifier", [f"--{flag}", value], flag
@@ -214,7 +216,10 @@ def wrong():
     }
     own |= {"wise_ft": {"a": ("2", "-0.1", "nan"), "mode": ("mean",)}, "l2_sp": {"alpha": ("-1", "inf", "nan")}}
     own |= {"masked_ft": {"alpha": ("-1", "x")}, "lp_ft": {"probe-steps": ("-1", "0.5"), "ft-lr-scale": ("-1", "nan")}}
-    own |= {"grad_proj": {"reference": ("x",), "scope": ("x",)}, "bn_adapt": {"mode": ("x",), "bn-mode": ("on",)}}
+    own |= {
+        "grad_proj": {"reference": ("x",), "scope": ("x",), "memory": ("1.1", "-0.1")},
+        "bn_adapt": {"mode": ("x",), "bn-mode": ("on",)},
+    }
     for method, flags in own.items():
         for flag, values in flags.items():
             for value in values:
