@@ -375,7 +375,7 @@ def check_progress(checkpoint, losses, steps, lr, backbone_lr):
 
 
 BUSY = 3  # exit code of a run whose folder another process has
-NOT_COMPARED = ("device", "overwrite", "runs_dir", "data_root", "save_model", "checkpoint_every")
+NOT_COMPARED = ("device", "overwrite", "runs_dir", "data_root", "download", "save_model", "checkpoint_every")
 PROGRESS = ("lines", "steps", "images", "values", "origin", "source", "source_train_accuracy")  # of a Run
 HEADER = "epoch     loss    seen  unseen overall  images/s  seconds"
 MOST, LEAST = torch.finfo(torch.float32).max, sys.float_info.min  # finite, and more than 0
@@ -400,7 +400,10 @@ def check_flags(args):
 
 def differences(old, new):
     """What two runs' arguments differ in, for people; "" if in nothing that changes the result."""
-    names = [name for name in new | old if name not in NOT_COMPARED and new.get(name) != old.get(name)]
+    same = [
+        name for name in NOT_COMPARED if (new.get("dataset"), name) != ("folder", "data_root")
+    ]  # there it is the data
+    names = [name for name in new | old if name not in same and new.get(name) != old.get(name)]
     return ", ".join(f"{name} {old.get(name)} (now {new.get(name)})" for name in names)
 
 
@@ -483,8 +486,7 @@ class Run:
         """The args, with the task's recipe in place of every None. Raises InputError if the folder holds a run with
         other arguments; if it holds a finished run with these, prints its result and ends the program, as it does
         with exit code 3 if another process works in it."""
-        defaults = {"source": task.source, "target": task.target, "seen_classes": str(int(task.seen.sum()))}
-        defaults |= task.recipe
+        defaults = {"source": task.source, "target": task.target, "seen_classes": task.seen_classes, **task.recipe}
         blank = {name: value for name, value in defaults.items() if getattr(self.args, name) is None}
         args = self.args = dataclasses.replace(self.args, **blank)
         where = f"{args.dataset}/{args.source}-{args.target}/{self.method}/split{args.split_seed}-seed{args.seed}"

@@ -28,11 +28,11 @@ class Args:
     dataset: str = "digits"
     """a name in data.DATASETS"""
     source: str | None = None
-    """domain of the source model; None, here and below: what the data set's recipe in data.py says"""
+    """domain of the source model; None, here and below: what the data set's recipe in data/ says"""
     target: str | None = None
     """domain to adapt to"""
     seen_classes: str | None = None
-    """classes with target training images: how many (drawn by split_seed), or a file with a name per line"""
+    """with target training images: how many (drawn by split_seed), a file with a name per line, paper, data (all)"""
     oracle: bool = False
     """train on target images of all classes: the upper bound, not a method"""
     split_seed: int = 0
@@ -44,9 +44,9 @@ class Args:
     source_seed: int = 0
     """the source model's training"""
     arch: str | None = None
-    """small_cnn, lenet, or a classifier of torchvision (resnet50, vit_b_16, ...)"""
+    """small_cnn, lenet, a classifier of torchvision (resnet50, vit_b_16, ...), timm:NAME, clip:NAME"""
     weights: str | None = None
-    """where a torchvision backbone starts before source training: imagenet, none, or a state dict's file"""
+    """where a pretrained backbone starts: imagenet, none, a state dict's file, or a tag of open_clip"""
     source_checkpoint: str | None = None
     """a source model to start from instead of training one"""
     epochs: int | None = None
@@ -75,6 +75,14 @@ class Args:
     """torch.compile the model"""
     data_root: str | None = None
     """folder with one folder per data set; None: $HT_DATA, else data/"""
+    download: bool = False
+    """fetch what is missing, where there is a stable address"""
+    image_size: int | None = None
+    """side of the squares that photographs are resized to"""
+    skip_bad_images: bool = False
+    """leave out images that cannot be read, instead of stopping"""
+    ignore_unknown_classes: bool = False
+    """leave out target images of classes that the source does not know, instead of stopping"""
     runs_dir: str = "runs"
     """where run folders and source models are kept"""
     name: str | None = None
@@ -100,10 +108,7 @@ if __name__ == "__main__":
     args = tyro.cli(Args)
     with Run(__file__, args) as run:
         device, amp = models.device_and_amp(args.device, args.amp)
-        task = data.load_task(
-            args.dataset, args.source, args.target, args.seen_classes, args.split_seed, args.oracle, args.data_root
-        )
-        task = task if args.pseudo_split is None else data.pseudo_task(task, args.split_seed, args.pseudo_split)
+        task = data.load_task(**{name: getattr(args, name) for name in data.TASK_FLAGS})
         args = run.open(task)
         batches = task.target_train.batches(args.batch_size, device, args.seed, args.augment)
         source_model = models.source_model(

@@ -24,7 +24,7 @@ def quick_source(monkeypatch):
     import data
 
     for entry in data.DATASETS.values():
-        monkeypatch.setitem(entry[4], "steps", 30)
+        monkeypatch.setitem(entry["source_recipe"], "steps", 30)
 
 
 @pytest.fixture

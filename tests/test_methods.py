@@ -123,8 +123,9 @@ def test_a_diverging_run_stops(run_method, capsys):
 @pytest.mark.parametrize("method", ["naive_ft", "ht_distill", "wise_ft"])  # test_siblings: all import the same
 def test_a_script_and_three_modules_are_all_it_takes(method, tmp_path, runs_dir, run_method):
     run_method("naive_ft", "--name", "caches the source model", "--overwrite")
-    for file in (ROOT / "methods" / f"{method}.py", ROOT / "data.py", ROOT / "models.py", ROOT / "eval.py"):
+    for file in (ROOT / "methods" / f"{method}.py", ROOT / "models.py", ROOT / "eval.py"):
         shutil.copy(file, tmp_path)
+    shutil.copytree(ROOT / "data", tmp_path / "data", ignore=lambda _, names: [n for n in names if n[-3:] != ".py"])
     source = next((runs_dir / "source_models").glob("digits-mnist-small_cnn-*.pt"))
     command = [sys.executable, f"{method}.py", *QUICK, "--source-checkpoint", str(source)]
     done = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True)

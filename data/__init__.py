@@ -1,0 +1,252 @@
+"""Tasks of holistic transfer: which classes, which of them are seen, the images, and batches on the device.
+
+    task = load_task("digits", source="mnist", target="optdigits", seen_classes="5", split_seed=0)
+    images, labels = task.target_train.batches(64, "cpu", seed=0)(step=0)
+
+Images are uint8 [N, channels, H, W]; normalisation belongs to the model. Labels are int64 indices into
+`task.classes`, the same in every split, whatever classes a split lacks. A data set is a dict in the file of its name:
+
+    load(domain, root)      a Domain (see folder.py), or a tuple of its first three: images or files, labels, classes
+    domains                 names, the default source and target first; or a function of the data set's folder
+    only_source             a domain that can be no target
+    seen                    default of --seen-classes: data, paper, or a number; half of the classes if there is none
+    paper                   {source domain: published seen classes}
+    about, download         what belongs where, for people; the function that fetches a domain
+    augmentation, recipe, source_recipe     as in Split and Task
+"""
+
+import inspect
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from eval import InputError
+
+from .augmentation import change_colours, crop_resize, generator, random_affine, random_photo
+from .batches import Batches, Split
+from .digits import DIGITS, digits
+from .domainnet import DOMAINNET
+from .femnist import FEMNIST
+from .folder import FOLDER, Domain
+from .glyphs import GLYPHS, glyphs
+from .images import Images, open_images
+from .inat_fungi import INAT_FUNGI
+from .iwildcam import IWILDCAM
+from .office_home import OFFICE_HOME
+from .splits import pseudo_task, split_domain
+from .vtab import VTAB
+
+__all__ = ["DATASETS", "TASK_FLAGS", "Batches", "Images", "Split", "Task", "change_colours", "crop_resize", "digits"]
+__all__ += ["generator", "glyphs", "load_task", "pseudo_task", "random_affine", "random_photo", "targets"]
+
+DATASETS = {
+    "digits": DIGITS,
+    "glyphs": GLYPHS,
+    "office_home": OFFICE_HOME,
+    "domainnet": DOMAINNET,
+    "femnist": FEMNIST,
+    "iwildcam": IWILDCAM,
+    "vtab": VTAB,
+    "inat_fungi": INAT_FUNGI,
+    "folder": FOLDER,
+}
+
+
+@dataclass
+class Task:
+    """A source domain, a target domain, and the classes of which the target's training images show only some.
+
+    classes: all C names, in the source model's order. seen: bool [C], True where target_train has images
+    (with `oracle` target_train has images of every class, and `seen` still says what it would have had).
+    recipe: the data set's values of the flags that the command line leaves open (architecture, epochs, rates);
+    source_recipe: those of the source model's training. seen_classes: the flag's value, which chose the seen ones.
+    source_train and source_test are None where the source model is published and its images are not (CLIP).
+    """
+
+    dataset: str
+    source: str
+    target: str
+    classes: list
+    seen: torch.Tensor
+    source_train: Split | None
+    source_test: Split | None
+    target_train: Split
+    target_test: Split
+    recipe: dict
+    source_recipe: dict
+    seen_classes: str
+
+
+def choose_seen(seen_classes, classes, present, split_seed, paper=None):
+    """The seen mask, bool [C], of classes that have training images (present, bool [C]).
+
+    seen_classes: how many (drawn by split_seed); a text file with a name per line; data, all that are present; or
+    paper, the names in `paper`. Raises InputError, naming what does not exist or leaves nothing seen or unseen.
+    """
+    flag = f"--seen-classes {seen_classes}"
+    if seen_classes.removeprefix("-").isdecimal():
+        index = np.random.default_rng((split_seed, 0)).permutation(len(classes))
+        count, index = int(seen_classes), index[present[index]]
+        if len(index) < min(count, len(classes) - 1):
+            raise InputError(f"{flag}: only {len(index)} of {len(classes)} classes have target images to train on")
+        index = index[: max(count, 0)]
+    elif seen_classes == "data":
+        index = np.flatnonzero(present)
+        count = len(index)
+    else:
+        if seen_classes == "paper" and paper is None:
+            raise InputError(f"{flag}: no such list is published for this data set and source")
+        if seen_classes != "paper" and not Path(seen_classes).is_file():
+            raise InputError(f"{flag}: neither a number nor a file with one class name per line, nor data or paper")
+        text = paper.split() if seen_classes == "paper" else Path(seen_classes).read_text(errors="replace").splitlines()
+        names = {line.strip() for line in text if line.strip()}
+        if unknown := sorted(names - set(classes)):
+            raise InputError(f"{flag}: unknown {unknown}; the classes are {', '.join(classes)}")
+        index, count = np.array([classes.index(name) for name in names], np.int64), len(names)
+        if absent := sorted(classes[i] for i in index if not present[i]):
+            raise InputError(f"{flag}: the target has no image to train on of {', '.join(absent)}")
+    if not 1 <= count < len(classes):
+        raise InputError(
+            f"{flag}: makes {count} of {len(classes)} classes seen; "
+            f"1 to {len(classes) - 1} leave something to learn from and something unseen"
+        )
+    seen = torch.zeros(len(classes), dtype=torch.bool)
+    seen[torch.as_tensor(index)] = True
+    return seen
+
+
+def home(dataset, data_root):
+    """The data set's folder below --data-root; the root itself for people's own folders."""
+    root = Path(data_root or os.environ.get("HT_DATA") or "data")
+    return root if dataset == "folder" else root / dataset
+
+
+def cache_folder(dataset, root):
+    return (root if dataset == "folder" else root.parent) / ".cache"
+
+
+def domain_names(dataset, data_root=None):
+    """The data set's domains, the default source and target first. Raises InputError if there is no such data set, or
+    if they must be read from files that are not there."""
+    if dataset not in DATASETS:
+        raise InputError(f"--dataset {dataset}: unknown; choose from {', '.join(DATASETS)}")
+    names = DATASETS[dataset]["domains"]
+    return names(home(dataset, data_root)) if callable(names) else names
+
+
+def targets(dataset, source, data_root=None):
+    """Every domain that can be the target of this source."""
+    only_source = DATASETS.get(dataset, {}).get("only_source")
+    return [name for name in domain_names(dataset, data_root) if name not in (source, only_source)]
+
+
+def load_task(
+    dataset,
+    source=None,
+    target=None,
+    seen_classes=None,
+    split_seed=0,
+    pseudo_split=None,
+    oracle=False,
+    data_root=None,
+    image_size=None,
+    download=False,
+    skip_bad_images=False,
+    ignore_unknown_classes=False,
+):
+    """The Task that the flags of the same names describe; None is the data set's default.
+
+    The target's images are split as published or else 7:3 within each class by `split_seed`, which also draws the seen
+    classes; the source's as published or else 9:1, always the same way. Raises InputError on anything that does not
+    exist, and on a target class that the source does not know, unless ignore_unknown_classes leaves its images out.
+    """
+    domains = domain_names(dataset, data_root)
+    if split_seed < 0:
+        raise InputError(f"--split-seed {split_seed}: must be 0 or more")
+    entry, root = DATASETS[dataset], home(dataset, data_root)
+    source, target = source or domains[0], target or next(d for d in domains if d != (source or domains[0]))
+    for flag, domain in (("--source", source), ("--target", target)):
+        if domain not in domains:
+            raise InputError(f"{flag} {domain}: {dataset} has no such domain; choose from {', '.join(domains)}")
+    if source == target:
+        raise InputError(f"--target {target}: is the source too; choose another of {', '.join(domains)}")
+    if target not in (able := targets(dataset, source, data_root)):
+        raise InputError(f"--target {target}: can be the source only; choose from {', '.join(able)}")
+    recipe = dict(entry["recipe"])
+    if image_size is not None and "image_size" not in recipe:
+        raise InputError(f"--image-size {image_size}: the images of {dataset} have one size; leave the flag out")
+
+    def load(domain):
+        if download:
+            if "download" not in entry:
+                raise InputError(
+                    f"--download: not offered for {dataset}. {entry.get('about', 'It needs none.').strip()}"
+                )
+            entry["download"](domain, root)
+        found = entry["load"](domain, root)
+        if found is None:
+            return None
+        found = Domain(*found)
+        if isinstance(found.images, list):
+            size, cache, name = image_size or recipe["image_size"], cache_folder(dataset, root), f"{dataset}-{domain}"
+            images, good = open_images(name, root, found.images, size, cache, skip_bad_images)
+            others = [None if array is None else array[good] for array in (found.labels, found.test, found.group)]
+            found = Domain(images, others[0], found.classes, *others[1:])
+        return found
+
+    def split(domain, index):
+        images = domain.images
+        images = images.subset(index) if isinstance(images, Images) else torch.from_numpy(images[index])
+        return Split(images, torch.from_numpy(domain.labels[index]), entry["augmentation"])
+
+    whole, source_splits, source_recipe = load(source), (None, None), entry["source_recipe"]
+    if whole is not None:
+        index = split_domain(whole, 0.9, np.random.default_rng(0), keep_single=True)
+        source_splits = [split(whole, i) for i in index]
+    else:
+        source_recipe = {"prompt": entry["prompts"][target]}
+    here = load(target)
+    classes = whole.classes if whole else here.classes
+    here = relabel(here, classes, target, ignore_unknown_classes)
+    train, test = split_domain(here, 0.7, np.random.default_rng((split_seed, 1)))
+    present = np.isin(np.arange(len(classes)), here.labels[train])
+    paper = entry.get("paper", {}).get(source)
+    default = entry.get("seen", "half")
+    if default == "half" or (default == "paper" and paper is None):
+        default = str(len(classes) // 2)
+    seen_classes = seen_classes or default
+    seen = choose_seen(seen_classes, classes, present, split_seed, paper)
+    if not oracle:
+        train = train[seen.numpy()[here.labels[train]]]
+    elif not (present & ~seen.numpy()).any():
+        raise InputError(f"--oracle: the target {target} has training images of the seen classes only")
+    if not len(test):
+        raise InputError(f"--target {target}: no image is left to test on")
+    splits = *source_splits, split(here, train), split(here, test)
+    task = Task(dataset, source, target, classes, seen, *splits, recipe, source_recipe, seen_classes)
+    return task if pseudo_split is None else pseudo_task(task, split_seed, pseudo_split)
+
+
+def relabel(domain, classes, name, ignore_unknown):
+    """The Domain with its labels as indices into `classes`, by class name, without images of classes not among them."""
+    if domain.classes == classes:
+        return domain
+    ids = {label: i for i, label in enumerate(classes)}
+    unknown = [label for label in domain.classes if label not in ids]
+    if unknown and not ignore_unknown:
+        raise InputError(
+            f"--target {name}: the source does not know its class{'es' * (len(unknown) > 1)} {', '.join(unknown)}; "
+            "--ignore-unknown-classes leaves those images out"
+        )
+    labels = np.array([ids.get(label, -1) for label in domain.classes], np.int64)[domain.labels]
+    kept = np.flatnonzero(labels >= 0)
+    if not len(kept):
+        raise InputError(f"--target {name}: none of its images is of a class of the source")
+    images = domain.images.subset(kept) if isinstance(domain.images, Images) else domain.images[kept]
+    return Domain(images, labels[kept], classes, *(a if a is None else a[kept] for a in (domain.test, domain.group)))
+
+
+TASK_FLAGS = tuple(inspect.signature(load_task).parameters)  # those flags of a script that make its task

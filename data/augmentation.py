@@ -1,0 +1,110 @@
+"""Random changes of training images, for a whole batch on its device, with parameters of each image's own."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+
+def generator(device, *seed):
+    """A torch.Generator on `device` seeded by a tuple of non-negative ints: (1, 2) and (2, 1) differ."""
+    state = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return torch.Generator(device).manual_seed(state)
+
+
+def random_affine(images, rng, degrees=0.0, scale=0.0, shift=0.0, shear=0.0):
+    """Every image gets its own random rotation, scale, shear and shift (torchvision gives a batch one and the same).
+
+    images [N, c, H, W] float; rotation in +-degrees; scale in 1 +- scale; shear in +-shear (a slope); shift in
+    +-shift of the image's side. What comes in from outside the image is 0. All drawn from `rng`, on its device.
+    """
+    u = torch.rand(6, len(images), generator=rng, device=images.device) * 2 - 1
+    angle = u[0] * (degrees * torch.pi / 180)
+    cos, sin, slope = angle.cos() / (1 + scale * u[1]), angle.sin() / (1 + scale * u[2]), shear * u[3]
+    theta = torch.stack([cos, slope * cos - sin, 2 * shift * u[4], sin, slope * sin + cos, 2 * shift * u[5]], 1)
+    grid = F.affine_grid(theta.view(-1, 2, 3), images.shape, align_corners=False)
+    return F.grid_sample(images, grid.to(images.dtype), align_corners=False)
+
+
+# ------------------------------------------------------------------------------------------ photographs
+
+GRAY = (0.2989, 0.587, 0.114)  # of red, green and blue in a pixel's brightness
+
+
+def to_gray(images):
+    """[N, 3, H, W] to [N, 1, H, W]."""
+    return (images * images.new_tensor(GRAY).view(3, 1, 1)).sum(1, keepdim=True)
+
+
+def crop_resize(images, top, left, height, width, flip):
+    """Every image's own box, enlarged to the whole image's size (bilinear) and, where flip, mirrored left to right.
+
+    images [N, c, H, W] float; top, left, height, width [N] in pixels, inside the image; flip [N] bool.
+    """
+
+    def coordinates(start, length, side):
+        at = start[:, None] + (torch.arange(side, device=images.device) + 0.5) * length[:, None] / side
+        at = at.maximum(start[:, None] + 0.5).minimum((start + length)[:, None] - 0.5)  # nothing from beyond the box
+        return 2 * at / side - 1
+
+    y, x = coordinates(top, height, images.shape[2]), coordinates(left, width, images.shape[3])
+    x = torch.where(flip[:, None], x.flip(1), x)
+    grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), 3)
+    return F.grid_sample(images, grid.to(images.dtype), align_corners=False, padding_mode="border")
+
+
+def shift_hue(images, turn):
+    """The hue of [N, 3, H, W] in [0, 1] turned by turn [N, 1, 1], in turns of the colour circle of HSV."""
+    top, low = images.amax(1), images.amin(1)
+    r, g, b = images.unbind(1)
+    spread = top - low
+    safe = torch.where(spread == 0, 1, spread)
+    hue = torch.where(top == r, (g - b) / safe, torch.where(top == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
+    # hue in sixths of the circle; each channel is the top less a trapezoid of the hue's distance to it
+    away = [(n + hue + 6 * turn) % 6 for n in (5, 3, 1)]
+    return torch.stack([top - spread * torch.minimum(k, 4 - k).clamp(0, 1) for k in away], 1)
+
+
+def change_colours(images, brightness, contrast, saturation, hue, gray, order=(0, 1, 2, 3)):
+    """Brightness, contrast, saturation and hue as torchvision's functions of these names change them, in that order or
+    another, each image with a factor of its own; then no colour where gray.
+
+    images [N, 3, H, W] float in [0, 1]; the factors float [N] (1 changes nothing; hue in turns, 0 changes nothing);
+    gray [N] bool.
+    """
+
+    def blend(images, others, factor):
+        return torch.lerp(others, images, factor.view(-1, 1, 1, 1)).clamp(0, 1)
+
+    for which in order:
+        if which == 0:
+            images = blend(images, torch.zeros_like(images), brightness)
+        elif which == 1:
+            images = blend(images, to_gray(images).mean((1, 2, 3), keepdim=True), contrast)
+        elif which == 2:
+            images = blend(images, to_gray(images), saturation)
+        else:
+            images = shift_hue(images, hue.view(-1, 1, 1))
+    return torch.where(gray.view(-1, 1, 1, 1), to_gray(images), images)
+
+
+def random_photo(images, rng, crop=0.7, jitter=0.3, gray=0.1):
+    """The published recipe for photographs: RandomResizedCrop of scale crop..1 and ratio 3/4..4/3, a flip of half of
+    them, ColorJitter of strength jitter four times, no colour with probability gray. All drawn from `rng`.
+
+    images [N, 3, H, W] float in [0, 1]. Two things differ from torchvision: the crop is of the image that was already
+    resized to the square, and the four colour changes come in one random order for the whole batch.
+    """
+    n, (height, width) = len(images), images.shape[2:]
+    u = torch.rand(28, n, generator=rng, device=images.device)
+    # ten tries of a box, the first that fits; else the whole image
+    area, ratio = height * width * (crop + (1 - crop) * u[:10]), torch.exp((2 * u[10:20] - 1) * np.log(4 / 3))
+    w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    fits = (w <= width) & (h <= height)
+    first, any_fits = fits.float().argmax(0, keepdim=True), fits.any(0)
+    w = torch.where(any_fits, w.gather(0, first)[0], width)
+    h = torch.where(any_fits, h.gather(0, first)[0], height)
+    top, left = (u[20] * (height - h + 1)).floor(), (u[21] * (width - w + 1)).floor()
+    images = crop_resize(images, top, left, h, w, u[22] < 0.5)
+    factors = 1 + jitter * (2 * u[23:26] - 1)
+    order = np.random.default_rng(rng.initial_seed()).permutation(4)  # without waiting for the device
+    return change_colours(images, *factors, jitter * (2 * u[26] - 1), u[27] < gray, order)

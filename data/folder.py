@@ -1,0 +1,117 @@
+"""`folder`: anyone's own images, root/DOMAIN/CLASS/*.jpg; and what the other data sets of files share."""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from eval import InputError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+# The published base recipe (batch 64, 20 x 500 steps, 1e-3 and 1e-4); the source model's training is ours.
+PHOTO_RECIPE = {"arch": "resnet50", "epochs": 20, "steps_per_epoch": 500, "batch_size": 64}
+PHOTO_RECIPE |= {"lr": 0.001, "backbone_lr": 0.0001, "clip_grad": float("inf"), "image_size": 224}
+PHOTO_SOURCE = {"steps": 10000, "batch_size": 64, "lr": 0.01, "backbone_lr": 0.001}
+PHOTO = {"crop": 0.7, "jitter": 0.3, "gray": 0.1}
+
+
+class Domain(NamedTuple):
+    """What a data set's function reads of one domain.
+
+    images: uint8 array [N, c, H, W], or N file paths below the data set's folder. labels: int64 [N], indices into this
+    domain's own `classes`. test: bool [N], the published split, or None. group: int [N], images that must stay on one
+    side of a split, or None.
+    """
+
+    images: Any
+    labels: np.ndarray
+    classes: list
+    test: np.ndarray | None = None
+    group: np.ndarray | None = None
+
+
+def need(path, about):
+    """`path` if it exists. Raises InputError with what belongs there."""
+    if not Path(path).exists():
+        raise InputError(f"{path}: not there\n\n{about.strip()}")
+    return path
+
+
+def entries(folder):
+    """Names in a folder that are no hidden files, sorted."""
+    return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+
+
+def folders(folder):
+    return [name for name in entries(folder) if os.path.isdir(os.path.join(folder, name))]
+
+
+def class_tree(root, below):
+    """(files, class names) of root/below/CLASS/*: paths below root, each with its class, both sorted by name."""
+    files, names = [], []
+    for name in folders(root / below):
+        found = [f for f in entries(root / below / name) if f.lower().endswith(EXTENSIONS)]
+        files += [f"{below}/{name}/{file}" for file in found]
+        names += [name] * len(found)
+    return files, names
+
+
+def named(files, names, classes=None, test=None, group=None):
+    """A Domain whose labels are given by name; classes: their order, alphabetical if None."""
+    classes = sorted(set(names)) if classes is None else classes
+    ids = {name: i for i, name in enumerate(classes)}
+    labels = np.array([ids[name] for name in names], np.int64)
+    return Domain(files, labels, classes, test, group)
+
+
+def read_list(path, about):
+    """[(file, id)] of a published list with lines "path/of/file.jpg id". Raises InputError, naming the line."""
+    rows = []
+    for number, line in enumerate(Path(need(path, about)).read_text(encoding="utf-8").splitlines(), 1):
+        file, _, label = line.strip().rpartition(" ")
+        if not line.strip():
+            continue
+        if not label.isdigit() or file.count("/") != 2:
+            raise InputError(f"{path}, line {number}: {line!r}, not DOMAIN/CLASS/FILE and a number")
+        rows.append((file, int(label)))
+    return rows
+
+
+# ------------------------------------------------------------------------------------------ folder
+
+ABOUT = """
+--dataset folder reads your own images from --data-root ROOT:
+    ROOT/DOMAIN/CLASS/*.jpg (jpeg, png, webp, bmp)     at least two DOMAINs: the source and the target
+    ROOT/DOMAIN/{train,test}/CLASS/*.jpg               the same with a split of your own
+The classes are the source's folders; the target may lack some of them.
+"""
+
+
+def domains(root):
+    """The folders of root that hold folders."""
+    found = [name for name in folders(need(root, ABOUT)) if folders(root / name)]
+    if len(found) < 2:
+        raise InputError(f"{root}: {len(found)} folder(s) with class folders in it, two are needed\n\n{ABOUT.strip()}")
+    return tuple(found)
+
+
+def folder(domain, root):
+    """root/DOMAIN/CLASS/*, or root/DOMAIN/{train,test}/CLASS/* where these two are all there is and hold folders."""
+    parts = folders(root / domain)
+    if parts == ["test", "train"] and all(folders(root / domain / part) for part in parts):
+        (train, names), (test, test_names) = (class_tree(root, f"{domain}/{part}") for part in ("train", "test"))
+        return named(train + test, names + test_names, test=np.arange(len(train + test)) >= len(train))
+    return named(*class_tree(root, domain))
+
+
+FOLDER = {
+    "load": folder,
+    "domains": domains,
+    "seen": "data",
+    "about": ABOUT,
+    "augmentation": PHOTO,
+    "recipe": PHOTO_RECIPE,
+    "source_recipe": PHOTO_SOURCE,
+}

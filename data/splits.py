@@ -1,0 +1,69 @@
+"""Which images are for training and which for testing."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from eval import InputError
+
+from .batches import Split
+from .images import Images
+
+
+def split_by_class(labels, share, rng):
+    """Indices of a random floor(share * n) images of every class, and of the rest. labels int [N]."""
+    first, rest = [], []
+    for label in np.unique(labels):
+        index = rng.permutation(np.flatnonzero(labels == label))
+        cut = int(share * len(index) + 1e-9)
+        first.append(index[:cut])
+        rest.append(index[cut:])
+    return np.sort(np.concatenate(first)), np.sort(np.concatenate(rest))
+
+
+def split_by_group(group, share, rng):
+    """Indices of the images of a random floor(share * n) of the n groups, and of the rest. group int [N]."""
+    groups = rng.permutation(np.unique(group))
+    first = np.isin(group, groups[: int(share * len(groups) + 1e-9)])
+    return np.flatnonzero(first), np.flatnonzero(~first)
+
+
+def split_domain(domain, share, rng, keep_single=False):
+    """(training indices, test indices) of a Domain: its published split, or `share` of its groups, or of every class.
+    keep_single: the only image of a class is for training."""
+    if domain.test is not None:
+        return np.flatnonzero(~domain.test), np.flatnonzero(domain.test)
+    if domain.group is not None:
+        return split_by_group(domain.group, share, rng)
+    train, test = split_by_class(domain.labels, share, rng)
+    if keep_single:
+        single = test[np.bincount(domain.labels)[domain.labels[test]] == 1]
+        train, test = np.union1d(train, single), np.setdiff1d(test, single)
+    return train, test
+
+
+def pseudo_task(task, split_seed, number, left_out=0.4):
+    """The task that PCV calibration (arXiv 2409.16223) adapts to: the share left_out of the seen classes plays the
+    unseen ones, the test images are 30 % of the target's training images, and truly unseen classes have no image.
+
+    Runs 0, 1, 2 ... leave out one class after the other in an order drawn by split_seed, so each gets its turn.
+    Raises InputError for a negative number, and where fewer than two classes have images.
+    """
+    classes = np.unique(task.target_train.labels)
+    if number < 0 or not task.seen.numpy()[classes].all() or len(classes) < 2:
+        raise InputError(
+            f"--pseudo-split {number}: must be 0 or more, without --oracle, and with two seen classes at least"
+        )
+    count = min(max(1, round(left_out * len(classes))), len(classes) - 1)
+    order = np.random.default_rng((split_seed, 2)).permutation(classes)
+    seen = task.seen.clone()
+    seen[np.take(order, np.arange(number * count, (number + 1) * count), mode="wrap")] = False
+    images, labels = task.target_train.images, task.target_train.labels
+    train, test = split_by_class(labels.numpy(), 0.7, np.random.default_rng((split_seed, 3, number)))
+    train = train[seen[labels[train]].numpy()]
+    parts = [images.subset(index) if isinstance(images, Images) else images[index] for index in (train, test)]
+    splits = [
+        Split(part, labels[index], task.target_train.augmentation)
+        for part, index in zip(parts, (train, test), strict=True)
+    ]
+    return replace(task, seen=seen, target_train=splits[0], target_test=splits[1])

@@ -1,0 +1,196 @@
+"""`vtab`: CLIP's zero-shot classifier, adapted to one of eight data sets. There are no source images."""
+
+import pickle
+
+import numpy as np
+
+from eval import InputError
+
+from .download import fetch, unpack
+from .folder import PHOTO, PHOTO_RECIPE, Domain, class_tree, entries, folders, named, need
+
+# Where torchvision puts each set, what it is published as, and its prompt (CLIP's way of putting it; ours to choose).
+PROMPTS = {
+    "cifar100": "a photo of a {}.",
+    "caltech101": "a photo of a {}.",
+    "dtd": "a photo of a {} texture.",
+    "eurosat": "a centered satellite photo of {}.",
+    "flowers102": "a photo of a {}, a type of flower.",
+    "pets": "a photo of a {}, a type of pet.",
+    "sun397": "a photo of a {}.",
+    "resisc45": "satellite imagery of {}.",
+}
+ROBOTS = "https://www.robots.ox.ac.uk/~vgg/data/"
+FLOWERS, PETS = f"{ROBOTS}flowers/102/", f"{ROBOTS}pets/data/"
+EUROSAT = "https://huggingface.co/datasets/torchgeo/eurosat/resolve/c877bcd43f099cd0196738f714544e355477f3fd/"
+# set: what must be there, then (address, md5, where it is unpacked or put, what it leaves there) for --download
+SOURCES = {
+    "cifar100": (
+        "cifar-100-python",
+        (
+            "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+            "eb9058c3a382ffc7106e4002c42a8d85",
+            ".",
+            "cifar-100-python",
+        ),
+    ),
+    "caltech101": (
+        "caltech101/101_ObjectCategories",
+        (
+            "https://data.caltech.edu/records/mzrjq-6wc02/files/caltech-101.zip",
+            "3138e1922a9193bfa496528edbbc45d0",
+            "caltech101",
+            "caltech-101",
+        ),
+    ),
+    "dtd": ("dtd/dtd", (f"{ROBOTS}dtd/download/dtd-r1.0.1.tar.gz", "fff73e5086ae6bdbea199a49dfb8a4c1", "dtd", "dtd")),
+    "eurosat": ("eurosat/2750", (f"{EUROSAT}EuroSAT.zip", "c8fa014336c82ac7804f0398fcb19387", "eurosat", "2750")),
+    "flowers102": (
+        "flowers-102/jpg",
+        (f"{FLOWERS}imagelabels.mat", "e0620be6f572b9609742df49c70aed4d", "flowers-102", "imagelabels.mat"),
+        (f"{FLOWERS}setid.mat", "a5357ecc9cb78c4bef273ce3793fc85c", "flowers-102", "setid.mat"),
+        (f"{FLOWERS}102flowers.tgz", "52808999861908f626f3c1f4e79d11fa", "flowers-102", "jpg"),
+    ),
+    "pets": (
+        "oxford-iiit-pet/images",
+        (f"{PETS}annotations.tar.gz", "95a8c909bbe2e81eed6a22bccdf3f68f", "oxford-iiit-pet", "annotations"),
+        (f"{PETS}images.tar.gz", "5c4f3ee8e5d25df40f4fd59a7f44e54c", "oxford-iiit-pet", "images"),
+    ),
+    "sun397": (
+        "SUN397",
+        (
+            "http://vision.princeton.edu/projects/2010/SUN/SUN397.tar.gz",
+            "8ca2778205c41d23104230ba66911c7a",
+            ".",
+            "SUN397",
+        ),
+    ),
+    "resisc45": ("resisc45",),
+}
+ABOUT = f"""
+VTAB's sets lie below --data-root in vtab/, each as torchvision unpacks it:
+{chr(10).join(f"    vtab/{place[0]:32} {place[-1][0] if len(place) > 1 else ''}" for place in SOURCES.values())}
+--download fetches and unpacks the target's. RESISC45 has no stable address: https://gcheng-nwpu.github.io, then
+vtab/resisc45/CLASS/*.jpg. Largest: sun397, 37 GB.
+"""
+
+
+class DataOnly(pickle.Unpickler):
+    """Reads the pickles of CIFAR-100, which hold arrays, lists and bytes, and runs no code of theirs."""
+
+    ALLOWED = ("_reconstruct", "ndarray", "dtype", "_frombuffer")
+
+    def find_class(self, module, name):
+        if module.split(".")[0] == "numpy" and name in self.ALLOWED:
+            return super().find_class(module, name)
+        if (module, name) == ("_codecs", "encode"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} in it")
+
+
+def unpickle(path):
+    try:
+        with open(need(path, ABOUT), "rb") as file:
+            return DataOnly(file, encoding="bytes").load()
+    except (pickle.UnpicklingError, EOFError, ValueError, AttributeError, ImportError) as error:
+        raise InputError(f"{path}: not the file that CIFAR-100 publishes ({error})") from error
+
+
+def cifar100(root):
+    train, test, meta = (unpickle(root / "cifar-100-python" / name) for name in ("train", "test", "meta"))
+    images = np.concatenate([train[b"data"], test[b"data"]]).reshape(-1, 3, 32, 32)
+    labels = np.array(train[b"fine_labels"] + test[b"fine_labels"], np.int64)
+    names = [name.decode() for name in meta[b"fine_label_names"]]
+    return Domain(images, labels, names, np.arange(len(labels)) >= len(train[b"fine_labels"]))
+
+
+def caltech101(root):
+    files, names = class_tree(root, "caltech101/101_ObjectCategories")
+    kept = [i for i, name in enumerate(names) if name != "BACKGROUND_Google"]
+    return named([files[i] for i in kept], [names[i] for i in kept])
+
+
+def dtd(root):
+    lines = {part: (root / f"dtd/dtd/labels/{part}1.txt").read_text().split() for part in ("train", "val", "test")}
+    names = [line for part in lines.values() for line in part]
+    test = np.arange(len(names)) >= len(names) - len(lines["test"])
+    return named([f"dtd/dtd/images/{name}" for name in names], [name.split("/")[0] for name in names], test=test)
+
+
+def eurosat(root):
+    return named(*class_tree(root, "eurosat/2750"))
+
+
+def flowers102(root):
+    from scipy.io import loadmat
+
+    from .flower_names import NAMES
+
+    labels = loadmat(root / "flowers-102/imagelabels.mat", squeeze_me=True)["labels"].astype(np.int64) - 1
+    split = loadmat(root / "flowers-102/setid.mat", squeeze_me=True)
+    train, test = np.concatenate([split["trnid"], split["valid"]]), split["tstid"]
+    ids = np.concatenate([train, test]).astype(np.int64)
+    files = [f"flowers-102/jpg/image_{i:05d}.jpg" for i in ids]
+    return Domain(files, labels[ids - 1], NAMES, np.arange(len(ids)) >= len(train))
+
+
+def pets(root):
+    lists = [(root / f"oxford-iiit-pet/annotations/{part}.txt").read_text() for part in ("trainval", "test")]
+    train, test = ([line.split()[0] for line in text.splitlines() if line[:1] not in ("#", "")] for text in lists)
+    names = [name.rpartition("_")[0] for name in train + test]
+    files = [f"oxford-iiit-pet/images/{name}.jpg" for name in train + test]
+    return named(files, names, test=np.arange(len(files)) >= len(train))
+
+
+def sun397(root):
+    """SUN397/a/abbey/*.jpg, SUN397/a/apartment_building/outdoor/*.jpg; ClassName.txt lists "/a/abbey"."""
+    files, names = [], []
+    for line in (root / "SUN397/ClassName.txt").read_text().split():
+        found = [name for name in entries(root / f"SUN397{line}") if name.lower().endswith(".jpg")]
+        files += [f"SUN397{line}/{name}" for name in found]
+        names += [line[3:]] * len(found)
+    return named(files, names)
+
+
+def resisc45(root):
+    below = "resisc45/NWPU-RESISC45" if folders(root / "resisc45") == ["NWPU-RESISC45"] else "resisc45"
+    return named(*class_tree(root, below))
+
+
+def vtab(domain, root):
+    """The set's images, in its published split where it has one (else 7:3 by --split-seed); None for clip."""
+    if domain == "clip":
+        return None
+    need(root / SOURCES[domain][0], ABOUT)
+    try:
+        return globals()[domain](root)  # the function of the set's name
+    except OSError as error:
+        raise InputError(f"{error}: vtab/{SOURCES[domain][0]} is not as published\n\n{ABOUT.strip()}") from error
+
+
+def download(domain, root):
+    if domain == "clip" or (root / SOURCES[domain][0]).exists():
+        return
+    if len(SOURCES[domain]) < 2:
+        raise InputError(f"--download: {domain} has no stable address\n\n{ABOUT.strip()}")
+    for url, md5, below, leaves in SOURCES[domain][1:]:
+        path = root / below / url.rpartition("/")[2]
+        if not (root / below / leaves).exists():
+            fetch(url, path, md5)
+            if path.name != leaves:
+                unpack(path, root / below)
+    if domain == "caltech101":  # an archive in an archive
+        unpack(root / "caltech101/caltech-101/101_ObjectCategories.tar.gz", root / "caltech101")
+
+
+VTAB = {
+    "load": vtab,
+    "domains": ("clip", *PROMPTS),
+    "only_source": "clip",
+    "download": download,
+    "about": ABOUT,
+    "augmentation": PHOTO,
+    "recipe": {**PHOTO_RECIPE, "arch": "clip:ViT-B-32", "backbone_lr": 1e-5},
+    "source_recipe": {},
+    "prompts": PROMPTS,
+}
