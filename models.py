@@ -5,7 +5,9 @@ logits, features = model(images, return_features=True)
 """
 
 import hashlib
+import importlib
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -79,11 +81,15 @@ SMALL = {"small_cnn": small_cnn, "lenet": lenet}
 def build(arch, classes, image_shape, weights=None):
     """A Classifier with a new head for `classes` classes and images of image_shape (c, H, W).
 
-    arch: small_cnn, lenet, or a classifier of torchvision by name (resnet18, resnet50, vit_b_16, ...).
-    weights, for torchvision's: "imagenet" (its default weights, downloaded), "none" (random), or a file with a state
-    dict; None is "imagenet". Raises InputError where one of these does not exist or does not fit.
+    arch: small_cnn, lenet, a classifier of torchvision by name (resnet18, resnet50, vit_b_16, ...), or timm:NAME or
+    clip:NAME. weights, for the pretrained: "imagenet" (the package's default weights, downloaded),
+    "none" (random), or a file with a state dict; None is "imagenet". Raises InputError where one of these does not
+    exist or does not fit.
     """
     channels, *sides = image_shape
+    if arch.startswith(("timm:", "clip:")):
+        create = timm_classifier if arch.startswith("timm:") else clip_classifier
+        return create(arch, classes, image_shape, weights)
     if arch in SMALL:
         if weights not in (None, "none"):
             raise InputError(f"--weights {weights}: there are no pretrained weights for {arch}; leave the flag out")
@@ -91,21 +97,105 @@ def build(arch, classes, image_shape, weights=None):
         return Classifier(backbone, nn.Linear(features, classes), [0.5] * channels, [0.5] * channels)
     if arch not in torchvision.models.list_models(torchvision.models):
         known = ", ".join([*SMALL, "resnet18", "resnet50", "vit_b_16"])
-        raise InputError(f"--arch {arch}: unknown; choose {known} or another classifier of torchvision")
-    if arch.startswith("vit") and sides != [224, 224]:
-        raise InputError(f"--arch {arch}: needs images of 224x224, these are {sides[0]}x{sides[1]}")
-    try:
-        backbone = torchvision.models.get_model(arch, weights="DEFAULT" if weights in (None, "imagenet") else None)
-    except OSError as error:
-        raise InputError(
-            f"--weights imagenet: torchvision's weights for {arch} could not be downloaded ({error}); "
-            "pass a state dict as --weights FILE, or --weights none to start from a random network"
-        ) from error
+        more = "another classifier of torchvision, timm:NAME or clip:NAME"
+        raise InputError(f"--arch {arch}: unknown; choose {known}, {more}")
+    if arch.startswith("vit"):
+        check_sides(arch, sides, [224, 224])
+    pretrained = "DEFAULT" if weights in (None, "imagenet") else None
+    backbone = load(arch, torchvision.models.get_model, arch, weights=pretrained)
     if weights not in (None, "imagenet", "none"):
         load_state(backbone, read_checkpoint(weights, "--weights"), f"--weights {weights}")
     name, last = [(n, m) for n, m in backbone.named_modules() if isinstance(m, nn.Linear)][-1]
     backbone.set_submodule(name, nn.Identity())
     return Classifier(backbone, nn.Linear(last.in_features, classes), IMAGENET_MEAN, IMAGENET_STD)
+
+
+def check_sides(arch, sides, wanted):
+    if sides != wanted:
+        raise InputError("--arch {}: needs images of {}x{}, these are {}x{}".format(arch, *wanted, *sides))
+
+
+def load(arch, create, *args, **kwargs):
+    """create(...) of a package that is optional, or of one that downloads. Raises InputError if it does not come."""
+    try:
+        return create(*args, **kwargs)
+    except ImportError as error:
+        raise InputError(
+            f"--arch {arch}: needs a package that is optional: pip install timm open_clip_torch"
+        ) from error
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"--weights: those of {arch} could not be downloaded ({str(error).splitlines()[0]}); "
+            "pass a state dict as --weights FILE, or --weights none to start from a random network"
+        ) from error
+
+
+# ------------------------------------------------------------------------- timm and CLIP, optional requirements
+
+
+def timm_classifier(arch, classes, image_shape, weights=None):
+    """The Classifier of timm:NAME with a new head for `classes` classes and images of image_shape (3 or 1, H, W).
+
+    weights: imagenet or None (timm's pretrained weights), none, or a file with a state dict of the whole model.
+    """
+    timm, name = load(arch, importlib.import_module, "timm"), arch.removeprefix("timm:")
+    if not timm.is_model(name.partition(".")[0]):
+        raise InputError(f"--arch {arch}: timm {timm.__version__} has no such model; timm.list_models() has its names")
+    model = load(arch, timm.create_model, name, pretrained=weights in (None, "imagenet"))
+    if weights not in (None, "imagenet", "none"):
+        load_state(model, read_checkpoint(weights, "--weights"), f"--weights {weights}")
+    model.reset_classifier(0)
+    config, sides = model.pretrained_cfg, list(image_shape[1:])
+    if config.get("fixed_input_size"):
+        check_sides(arch, sides, list(config["input_size"][1:]))
+    with torch.no_grad():  # some have more layers behind num_features
+        features = model.eval()(torch.zeros(1, 3, *sides)).shape[1]
+    return Classifier(model.train(), nn.Linear(features, classes), config["mean"], config["std"])
+
+
+class ClipImages(nn.Module):
+    """The image tower of a CLIP: features of length 1. Images of another size are resized to its own."""
+
+    def __init__(self, visual):
+        super().__init__()
+        self.visual = visual
+
+    def forward(self, images):
+        if tuple(images.shape[-2:]) != tuple(self.visual.image_size):
+            images = F.interpolate(images, self.visual.image_size, mode="bicubic", antialias=True)
+        return F.normalize(self.visual(images), dim=-1)
+
+
+def clip_classifier(arch, classes, image_shape=None, weights=None, names=None, prompt="{}"):
+    """The Classifier of clip:NAME. With the names of the classes its head is CLIP's zero-shot classifier: a row is the
+    embedding of the prompt with the name in it, times the logit scale, and the bias is 0. Without, all is 0.
+
+    weights: a tag of open_clip (None: openai; downloaded), a file with a state dict of the whole CLIP, or none.
+    """
+    open_clip, name = load(arch, importlib.import_module, "open_clip"), arch.removeprefix("clip:")
+    if name not in open_clip.list_models():
+        raise InputError(f"--arch {arch}: open_clip has no such model; it has {', '.join(open_clip.list_models())}")
+    file, tag = Path(weights or "").is_file(), None if weights == "none" else weights or "openai"
+    known = open_clip.list_pretrained_tags_by_model(name)
+    if not file and tag not in (None, *known):
+        raise InputError(
+            f"--weights {tag}: neither a file nor none nor a tag of open_clip's {name}: {', '.join(known)}"
+        )
+    model = load(arch, open_clip.create_model, name, None if file else tag).eval()
+    if file:
+        load_state(model, read_checkpoint(weights, "--weights"), f"--weights {weights}")
+    tokenize = open_clip.get_tokenizer(name)
+    with torch.no_grad():
+        rows = [model.encode_text(part, normalize=True) for part in tokenize(texts(names or [""], prompt)).split(64)]
+        rows = model.logit_scale.exp() * torch.cat(rows)
+    head = nn.Linear(rows.shape[1], classes)
+    head.load_state_dict({"weight": rows if names else torch.zeros_like(head.weight), "bias": torch.zeros(classes)})
+    return Classifier(ClipImages(model.visual), head, model.visual.image_mean, model.visual.image_std)
+
+
+def texts(names, prompt):
+    """The prompts: AnnualCrop becomes annual crop, apartment_building/outdoor becomes apartment building outdoor."""
+    return [prompt.format(re.sub(r"(?<=[a-z])(?=[A-Z])|[_/]", " ", name).lower()) for name in names]
 
 
 def batchnorms(model):
@@ -159,7 +249,7 @@ def train_source(model, task, seed, checkpoint, steps, batch_size, lr, backbone_
     """Train on all classes of the source domain: cross-entropy, SGD with nesterov momentum, cosine schedule. Goes on
     from the Checkpoint where it has a content."""
     device = model.mean.device
-    batches = task.source_train.batches(batch_size, device, seed)
+    batches = task.source_train.batches(min(batch_size, len(task.source_train.labels)), device, seed)
     rates = [{"params": model.backbone.parameters(), "lr": backbone_lr}, {"params": model.head.parameters(), "lr": lr}]
     optimizer = torch.optim.SGD(rates, momentum=0.9, nesterov=True, weight_decay=5e-4)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -190,6 +280,43 @@ def train_source(model, task, seed, checkpoint, steps, batch_size, lr, backbone_
     print(f"source model: {100 * correct.mean():.2f} % on {len(correct)} test images of {task.source}")
 
 
+def source_key(task, arch, weights, seed, amp):
+    """A name for all that determines a source model."""
+    recipe = {"version": SOURCE_VERSION, "arch": arch, "seed": seed, "amp": str(amp), **task.source_recipe}
+    recipe |= {"weights": weights, "classes": task.classes}
+    if weights is not None and Path(weights).is_file():
+        recipe["weights"] = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
+    key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
+    if not arch.startswith("clip:"):
+        images, labels = task.source_train.images, task.source_train.labels
+        key.update(json.dumps(task.source_train.augmentation, sort_keys=True).encode())
+        key.update(images.numpy().tobytes() if isinstance(images, torch.Tensor) else images.fingerprint())
+        key.update(labels.numpy().tobytes())
+    return key.hexdigest()
+
+
+def train_once(model, task, seed, path, key, arch):
+    """Train the source model, unless it comes with its weights, and put it into the file `path`. Of several processes
+    one does so and the others wait. Raises InputError where the device has too little memory."""
+    unfinished, own = path.with_suffix(".unfinished"), f"{path.stem}*"
+    lock = take_lock(path.with_suffix(".lock"), own)
+    if lock is None:
+        print(f"another process trains the source model {path}: waiting for it", flush=True)
+        lock = take_lock(path.with_suffix(".lock"), own, wait=True)
+    try:
+        if not path.exists():
+            if not arch.startswith("clip:"):
+                train_source(model, task, seed, Checkpoint(unfinished, {"key": key}), **task.source_recipe)
+            content = {"model": model.state_dict(), "classes": task.classes, "arch": arch, "key": key}
+            write_checkpoint(path, content)
+        unfinished.unlink(missing_ok=True)
+    except torch.OutOfMemoryError as error:
+        size = task.source_recipe.get("batch_size")
+        raise InputError(f"source model, batches of {size} images: out of memory; use another device") from error
+    finally:
+        lock.release()
+
+
 def source_model(task, arch, device="cpu", amp=None, weights=None, checkpoint=None, seed=0, cache="runs"):
     """The Classifier that knows all of task.classes in the source domain, in eval mode, on the device.
 
@@ -198,41 +325,27 @@ def source_model(task, arch, device="cpu", amp=None, weights=None, checkpoint=No
     there, under a key of everything that determines it; of several processes one trains and the others wait. Raises
     InputError if the checkpoint does not fit, or the cached file is not what was put there.
     """
-    shape = tuple(task.source_train.images.shape[1:])
-    if checkpoint is not None:
-        model, path, key = build(arch, len(task.classes), shape, "none"), Path(checkpoint), None
+    shape, clip = tuple(task.target_train.images.shape[1:]), arch.startswith("clip:")
+    if task.source_train is None and not clip and checkpoint is None:
+        raise InputError(f"--arch {arch}: {task.dataset} has no source images, so it takes a clip:NAME")
+    key, path = None, checkpoint
+    if checkpoint is None:
+        key = source_key(task, arch, weights, seed, amp)
+        name = re.sub(r"[^a-zA-Z0-9_.-]", "_", f"{task.dataset}-{task.source}-{arch}-{key[:16]}")
+        path = Path(cache) / "source_models" / f"{name}.pt"
+    torch.manual_seed(seed)
+    new = key is not None and not path.exists()
+    if new and clip:
+        prompt = task.source_recipe.get("prompt", "a photo of a {}.")
+        model = clip_classifier(arch, len(task.classes), shape, weights, task.classes, prompt)
     else:
-        torch.manual_seed(seed)
-        model = build(arch, len(task.classes), shape, weights)
-        recipe = {"version": SOURCE_VERSION, "arch": arch, "seed": seed, "amp": str(amp), **task.source_recipe}
-        recipe |= {"weights": weights, "augmentation": task.source_train.augmentation, "classes": task.classes}
-        key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
-        key.update(task.source_train.images.numpy().tobytes() + task.source_train.labels.numpy().tobytes())
-        key = key.hexdigest()
-        path = Path(cache) / "source_models" / f"{task.dataset}-{task.source}-{arch}-{key[:16]}.pt"
+        model = build(arch, len(task.classes), shape, weights if new else "none")
     model = model.to(device, memory_format=torch.channels_last)
     model.amp = amp
-    unfinished = path.with_suffix(".unfinished") if key else None
-    if key and (unfinished.exists() or not path.exists()):
-        lock = take_lock(path.with_suffix(".lock"), f"{path.stem}*")
-        if lock is None:
-            print(f"another process trains the source model {path}: waiting for it", flush=True)
-            lock = take_lock(path.with_suffix(".lock"), f"{path.stem}*", wait=True)
-        try:
-            if not path.exists():
-                train_source(model, task, seed, Checkpoint(unfinished, {"key": key}), **task.source_recipe)
-                content = {"model": model.state_dict(), "classes": task.classes, "arch": arch, "key": key}
-                write_checkpoint(path, content)
-            unfinished.unlink(missing_ok=True)
-        except torch.OutOfMemoryError as error:
-            size = task.source_recipe["batch_size"]
-            raise InputError(
-                f"source model, batches of {size} images: {device} is out of memory; use another"
-            ) from error
-        finally:
-            lock.release()
+    if key is not None and (new or path.with_suffix(".unfinished").exists()):
+        train_once(model, task, seed, path, key, arch)
     saved, where = read_checkpoint(path, "--source-checkpoint"), f"--source-checkpoint {path}"
-    if key and not (isinstance(saved, dict) and saved.get("key") == key):
+    if key is not None and not (isinstance(saved, dict) and saved.get("key") == key):
         raise InputError(f"{path}: not the source model that was put there; delete it, to train it again")
     if isinstance(saved, dict) and isinstance(saved.get("model"), dict):
         if list(saved.get("classes", task.classes)) != list(task.classes):

@@ -23,9 +23,9 @@ whole_task = data.load_task
 
 
 @functools.cache
-def small_task(*args):
+def small_task(**flags):
     """Read once, with a quarter of the images and five steps of source training."""
-    task = whole_task(*args)
+    task = whole_task(**flags)
     for split in (task.target_train, task.target_test):
         split.images, split.labels = split.images[::4], split.labels[::4]
     task.source_recipe = {**task.source_recipe, "steps": 5}

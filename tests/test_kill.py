@@ -43,10 +43,10 @@ def child(method, runs_dir):
     tqdm.set_lock(threading.RLock())  # tqdm's own outlives a process that is killed
     load_task, cache = data.load_task, runs_dir.parent / "task.pickle"
 
-    def load_quick(*args):
+    def load_quick(**flags):
         if cache.exists():
             return pickle.loads(cache.read_bytes())
-        task = load_task(*args)
+        task = load_task(**flags)
         task.source_recipe = {**task.source_recipe, "steps": 12}
         for split in (task.source_test, task.target_test, task.target_train):
             split.images, split.labels = split.images[::4], split.labels[::4]

@@ -21,9 +21,9 @@ whole_task = data.load_task
 
 
 @functools.cache
-def load_task(*args):
+def load_task(**flags):
     """Read once, and with a third of the target's images."""
-    task = whole_task(*args)
+    task = whole_task(**flags)
     for split in (task.target_train, task.target_test):
         split.images, split.labels = split.images[::3], split.labels[::3]
     return task
