@@ -24,6 +24,7 @@ import tyro
 from scipy import stats
 from tqdm import tqdm
 
+import data
 from eval import (
     BUSY,
     NOT_COMPARED,
@@ -63,7 +64,7 @@ class RunGrid:
     methods: tuple[str, ...] = (*METHODS, "naive_ft --oracle")
     """scripts by name, each with flags of its own if quoted: "wise_ft --a 0.3 --name wise_0.3" """
     pairs: tuple[str, ...] = ("digits:mnist:optdigits", "digits:optdigits:mnist", "glyphs:sans:serif")
-    """dataset:source:target"""
+    """dataset:source:target, or dataset:source:all for every target of that source (femnist:train:all)"""
     split_seeds: str = "0-9"
     """which classes are seen, and which images are for training: 0-9, or 0,3,7"""
     seeds: str = "0"
@@ -78,6 +79,17 @@ class RunGrid:
     """flags for every run, with an equals sign: --flags="--epochs 5 --device cuda" """
     print_commands: bool = False
     """print the commands, one a line, and run nothing"""
+
+
+def expand(pair, flags):
+    """[pair], or for dataset:source:all a pair with every target that the source can have."""
+    if pair.count(":") != 2:
+        raise InputError(f"--pairs {pair}: write dataset:source:target, or dataset:source:all")
+    dataset, source, target = pair.split(":")
+    words = shlex.split(flags.replace("=", " "))
+    data_root = words[words.index("--data-root") + 1] if "--data-root" in words[:-1] else None
+    names = data.targets(dataset, source, data_root) if target == "all" else [target]
+    return [f"{dataset}:{source}:{name}" for name in names]
 
 
 def cell_command(method, pair, split_seed, seed, grid):
@@ -106,13 +118,11 @@ def run_grid(grid):
     for method in grid.methods:
         if not method.split() or method.split()[0] not in METHODS:
             raise InputError(f"--methods {method}: no such script; choose from {', '.join(METHODS)}")
-    for pair in grid.pairs:
-        if pair.count(":") != 2:
-            raise InputError(f"--pairs {pair}: write dataset:source:target")
+    pairs = [single for pair in grid.pairs for single in expand(pair, grid.flags)]
     for flag, value, least in (("--jobs", grid.jobs, 1), ("--pcv", grid.pcv, 0)):
         if value < least:
             raise InputError(f"{flag} {value}: must be {least} or more")
-    axes = grid.pairs, grid.methods, seeds(grid.split_seeds), seeds(grid.seeds)
+    axes = pairs, grid.methods, seeds(grid.split_seeds), seeds(grid.seeds)
     commands = []
     for pair, method, k, s in itertools.product(*axes):
         cell = cell_command(method, pair, k, s, grid)
@@ -156,6 +166,8 @@ class Report:
     """folders with finished runs somewhere below them"""
     reference: str = "naive_ft"
     """method that the others are compared with, split by split and seed by seed"""
+    over_targets: bool = False
+    """one table for all targets of a source, the mean over targets and splits"""
     format: Literal["md", "csv", "json"] = "md"
     """of the table"""
     figures: Path | None = None
@@ -163,25 +175,28 @@ class Report:
 
 
 def interval(values):
-    """(mean, half width of the 95 % t interval over the values); of one value the width is None, of none both are."""
-    values = np.asarray(values, np.float64)
+    """(mean, half width of the 95 % t interval over the values); of one value the width is None, of none both are. A
+    value that is None is left out: a target may have no test image of an unseen class."""
+    values = np.asarray([value for value in values if value is not None], np.float64)
     if len(values) < 2:
         return float(values[0]) if len(values) else None, None
     width = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
     return float(values.mean()), float(width)
 
 
-def collect(folders):
-    """{task: {method: {(split seed, seed): run}}} of all finished runs but pseudo splits; a run is what eval.read_run
-    returns, with its folder's path in "run". Raises InputError if one method of a task has runs that differ in more
-    than seeds, and if the runs of a task are over different classes."""
+def collect(folders, over_targets=False):
+    """{task: {method: {(target, split seed, seed): run}}} of all finished runs but pseudo splits; a run is what
+    eval.read_run returns. over_targets makes one task of all targets of a source. Raises InputError if one method of a
+    task has runs that differ in more than seeds, and if the runs of a task are over different classes."""
     tasks, settings, classes = {}, {}, {}
     for path in sorted(path for folder in folders for path in folder.rglob("done.json")):
         args = read_json(path)["args"]
         if args.get("pseudo_split") is not None:
             continue
-        task = f"{args['dataset']} {args['source']} to {args['target']}, {args['seen_classes']} seen"
-        same = {k: v for k, v in args.items() if k not in (*NOT_COMPARED, "seed", "split_seed")}
+        target = "all" if over_targets else args["target"]
+        task = f"{args['dataset']} {args['source']} to {target}, {args['seen_classes']} seen"
+        other = (*NOT_COMPARED, "seed", "split_seed", *["target"] * over_targets)
+        same = {k: v for k, v in args.items() if k not in other}
         before = settings.setdefault((task, args["method"]), same)
         if differ := [name for name in same | before if same.get(name) != before.get(name)]:
             raise InputError(f"{path.parent}: other {', '.join(differ)} than {args['method']}'s other runs; use --name")
@@ -189,9 +204,10 @@ def collect(folders):
         if run["classes"] != classes.setdefault(task, run["classes"]):
             raise InputError(f"{path.parent}: over other classes than the other runs of {task}; report them apart")
         runs = tasks.setdefault(task, {}).setdefault(args["method"], {})
-        if (args["split_seed"], args["seed"]) in runs:
-            raise InputError(f"{path.parent}: the same run as {runs[args['split_seed'], args['seed']]['run']}")
-        runs[args["split_seed"], args["seed"]] = run
+        key = args["target"], args["split_seed"], args["seed"]
+        if key in runs:
+            raise InputError(f"{path.parent}: the same run as {runs[key]['run']}")
+        runs[key] = run
     if not tasks:
         raise InputError(f"no finished run below {', '.join(map(str, folders))}")
     return tasks
@@ -205,10 +221,11 @@ def with_source(methods):
 
 
 def values(runs, name):
-    """A figure of every run: one of its accuracies, or alg_overall and the like. [] if one run lacks it."""
+    """A figure of the runs that have it: one of their accuracies, or alg_overall and the like. pcv_overall is [] if one
+    run lacks its pseudo splits: a mean over the others would mislead."""
     kind = next((kind for kind in CALIBRATED if name == f"{kind}_overall"), None)
     figures = [run["final"].get(name) if kind is None else (run[kind] or {}).get("overall") for run in runs.values()]
-    return [] if None in figures else figures
+    return [] if kind == "pcv" and None in figures else [figure for figure in figures if figure is not None]
 
 
 def rows_of(tasks, reference):
@@ -227,7 +244,7 @@ def rows_of(tasks, reference):
 
 
 def report(options):
-    tasks = collect(options.runs)
+    tasks = collect(options.runs, options.over_targets)
     rows = rows_of(tasks, options.reference)
     if options.format != "md":
         print(table(rows, options.format))
@@ -254,6 +271,7 @@ def rounded(row):
 
 
 def test_arrays(run):
+    """Logits [N, C], labels [N] and the seen mask [C] of a run's test images."""
     logits, _, labels, _, _, seen, _ = read_arrays(Path(run["run"]) / "logits.npz")
     return logits, labels, seen
 
@@ -269,6 +287,11 @@ def draw(task, methods, folder):
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
+    both = {m: {k: run for k, run in runs.items() if run["final"]["ausuc"] is not None} for m, runs in methods.items()}
+    methods = {method: runs for method, runs in both.items() if runs}  # runs with test images of both groups
+    if not methods:
+        print(f"{task}: no figures, since no run has test images of seen and of unseen classes")
+        return
     methods = dict(sorted(methods.items(), key=lambda item: np.mean(values(item[1], "overall"))))
     style = {
         method: {"color": COLOURS[i % len(COLOURS)], "marker": "osD^v<>Ph"[i % 9], "label": method}

@@ -160,3 +160,64 @@ def test_affine_limits():
     shifted = data.random_affine(coordinates, data.generator("cpu", 1), shift=0.1)[:, :, 20, 20]
     # a shift of 0.1 of the side is 0.2 of the coordinates' -1..1, and these pixels' centres span 40/41 of the side
     assert 0.19 < shifted.abs().max() * 40 / 41 < 0.21
+
+
+def photos(n=6, height=20, width=20):
+    return torch.rand(n, 3, height, width, generator=torch.Generator().manual_seed(0))
+
+
+def test_crop_against_torchvision():
+    import torchvision.transforms.v2.functional as reference
+
+    images = photos(height=24)
+    boxes = torch.tensor(
+        [[0, 0, 24, 20], [3, 2, 18, 17], [6, 4, 18, 16], [0, 5, 19, 15], [1, 1, 22, 13], [2, 0, 17, 20]]
+    )
+    flip = torch.tensor([False, True, False, True, True, False])
+    got = data.crop_resize(images, *boxes.T.float(), flip)
+    for image, box, mirrored, mine in zip(images, boxes.tolist(), flip, got, strict=True):
+        want = reference.resized_crop(image, *box, [24, 20], antialias=True)
+        torch.testing.assert_close(mine, want.flip(2) if mirrored else want, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2)])
+def test_colours_against_torchvision(order):
+    import torchvision.transforms.v2.functional as reference
+
+    images = photos()
+    images[0] = 0.5  # a gray one has no hue
+    factors = torch.tensor([[0.7, 1.3, 1, 0.9, 1.2, 0.8], [1.3, 0.7, 0.8, 1, 1.1, 1.2], [0.7, 1, 1.3, 0.8, 1.2, 1]])
+    hue, gray = torch.tensor([0.3, -0.3, 0.1, 0.0, -0.05, 0.2]), torch.tensor([False, False, True, False, False, False])
+    names = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue")
+    got = data.change_colours(images, *factors, hue, gray, order)
+    for i, image in enumerate(images):
+        for which in order:
+            image = getattr(reference, names[which])(image, [*factors[:, i].tolist(), float(hue[i])][which])
+        if gray[i]:
+            image = reference.rgb_to_grayscale(image, num_output_channels=3)
+        torch.testing.assert_close(got[i], image, atol=2e-4, rtol=0)
+
+
+def test_photo_augmentation_is_the_published_recipe():
+    n = 4000
+    y, x = torch.meshgrid(torch.linspace(0, 1, 33), torch.linspace(0, 1, 33), indexing="ij")
+    where = torch.stack([x, y, torch.zeros_like(x)])[None].repeat(n, 1, 1, 1)  # a pixel's colour is its place
+    rng = data.generator("cpu", 0)
+    moved = data.random_photo(where, rng, jitter=0.0, gray=0.0)
+    left, right, top, bottom = moved[:, 0, 16, 0], moved[:, 0, 16, -1], moved[:, 1, 0, 16], moved[:, 1, -1, 16]
+    assert 0.45 < (left > right).float().mean() < 0.55
+    # pixels' centres span 32/33 of the side
+    width, height = (right - left).abs() * 32 / 33 + 1 / 33, (bottom - top) * 32 / 33 + 1 / 33
+    area, ratio = width * height, width / height
+    assert 0.66 < area.min() < 0.72 and area.max() < 1.001 and 0.80 < area.mean() < 0.88
+    assert 0.70 < ratio.min() < 0.80 and 1.25 < ratio.max() < 1.40
+    assert left.minimum(right).min() > -1e-3 and bottom.max() < 1 + 1e-3
+    # each its own colours, all within the bounds; the same again with the same seed
+    flat = torch.full((n, 3, 4, 4), 0.5)
+    bright = data.random_photo(flat, data.generator("cpu", 1))
+    assert 0.345 < bright.mean((1, 2, 3)).min() < 0.36 and 0.64 < bright.mean((1, 2, 3)).max() < 0.655
+    assert torch.equal(bright, data.random_photo(flat, data.generator("cpu", 1)))
+    red = torch.tensor([0.8, 0.3, 0.3]).view(1, 3, 1, 1).repeat(n, 1, 4, 4)
+    coloured = data.random_photo(red, data.generator("cpu", 2))
+    gray = (coloured.amax(1) - coloured.amin(1)).amax((1, 2)) < 1e-6
+    assert 0.08 < gray.float().mean() < 0.12

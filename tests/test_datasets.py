@@ -1,0 +1,291 @@
+"""Every data set in its published layout, read and run through the command line."""
+
+import json
+
+import numpy as np
+import pytest
+import replicas
+import torch
+
+import benchmark
+import data
+from eval import InputError
+
+SMALL = ("--arch", "small_cnn", "--image-size", "16", "--batch-size", "8")
+TINY_CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 16, "head_width": 8, "patch_size": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory):
+    """A data root with all replicas."""
+    path = tmp_path_factory.mktemp("data")
+    for name in ("office_home", "domainnet", "femnist", "iwildcam", "inat_fungi", "vtab", "folder"):
+        getattr(replicas, name)(path)
+    return path
+
+
+@pytest.fixture
+def load(root):
+    return lambda dataset, *a, **k: data.load_task(
+        dataset, *a, **{"data_root": str(root / "folder" if dataset == "folder" else root), **sized(dataset), **k}
+    )
+
+
+def sized(dataset):
+    return {} if dataset == "femnist" else {"image_size": 16}
+
+
+@pytest.fixture
+def tiny_clip(tmp_path):
+    open_clip = pytest.importorskip("open_clip", reason="open_clip_torch is optional: requirements-optional.txt")
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY_CLIP))
+    open_clip.add_model_config(tmp_path / "tiny.json")
+    return open_clip
+
+
+def colours(split):
+    """The label that the colour of each image tells, by replicas.photo."""
+    means = split.images[torch.arange(len(split.labels))].float().mean((2, 3))
+    label = torch.arange(10)
+    known = torch.stack([40 * label % 256, 90 * label % 256, 200 - 25 * label % 256], 1).clamp(0, 255)
+    return torch.cdist(means, known.float()).argmin(1)
+
+
+def counts(task):
+    is_seen = task.seen[task.target_test.labels]
+    return len(task.target_train.labels), int(is_seen.sum()), int((~is_seen).sum())
+
+
+def test_office_home_takes_the_published_lists(load, tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text("Bike\nTV\nDrill\n")
+    task = load("office_home", "Art", "Real_World", seen_classes=str(names))
+    assert task.classes == sorted(replicas.OFFICE) and task.target == "Real_World"
+    assert counts(task) == (3 * 7, 3 * 3, 4 * 3) and len(task.source_train.labels) == 7 * 7
+    # ids are those of the names, not those of the lists; the image that no list names is not read
+    for split in (task.source_train, task.source_test, task.target_train, task.target_test):
+        assert torch.equal(colours(split), split.labels)
+    # the published split does not depend on --split-seed
+    again = load("office_home", "Art", "Real_World", seen_classes=str(names), split_seed=3)
+    assert again.target_test.images.fingerprint() == task.target_test.images.fingerprint()
+
+
+def test_office_home_paper_classes():
+    for source, names in data.DATASETS["office_home"]["paper"].items():
+        assert len(set(names.split())) == 30, source
+    published = data.DATASETS["office_home"]["paper"]["Art"]
+    classes = sorted({*published.split(), "Drill", "Bed"})
+    mask = data.choose_seen("paper", classes, np.ones(32, bool), 0, published)
+    assert [name for name, seen in zip(classes, mask, strict=True) if not seen] == ["Bed", "Drill"]
+    with pytest.raises(InputError, match=r"paper: no such list is published"):
+        data.choose_seen("paper", classes, np.ones(32, bool), 0)
+
+
+def test_office_home_without_lists_is_split_by_class(root, tmp_path):
+    for domain in ("Art", "Real_World"):  # this name of the folder is as good
+        replicas.tree(tmp_path / "office_home" / domain, ["A", "B", "C"], 9)
+    a, b = (data.load_task("office_home", "Art", "Real_World", "2", s, False, tmp_path, 16) for s in (0, 1))
+    assert counts(a) == (2 * 6, 2 * 3, 3)
+    assert a.target_test.images.fingerprint() != b.target_test.images.fingerprint()
+
+
+def test_domainnet_ids_come_from_the_lists(load):
+    task = load("domainnet", "real", "clipart", seen_classes="2")
+    assert task.classes == replicas.DOMAINNET and task.classes != sorted(task.classes)
+    assert counts(task) == (2 * 7, 2 * 3, 3 * 3)
+    for split in (task.source_train, task.target_train, task.target_test):
+        assert torch.equal(colours(split), split.labels)
+
+
+def test_domainnet_says_which_listed_images_are_missing(root, tmp_path):
+    replicas.domainnet(tmp_path)
+    (tmp_path / "domainnet" / "clipart" / "t-shirt" / "00003.jpg").unlink()
+    with pytest.raises(InputError, match=r"1 of 50 images of domainnet-clipart are missing.*\n  clipart/t-shirt/00003"):
+        data.load_task("domainnet", "real", "clipart", data_root=tmp_path, image_size=16)
+    task = data.load_task(
+        "domainnet", "real", "clipart", "3", oracle=True, data_root=tmp_path, image_size=16, skip_bad_images=True
+    )
+    assert len(task.target_train.labels) == 5 * 7 - 1 and torch.equal(
+        colours(task.target_train), task.target_train.labels
+    )
+
+
+def test_femnist_writers_are_tasks(load, root):
+    writers = data.targets("femnist", "train", root)
+    assert len(writers) == 10
+    raw = {}
+    for part in ("train", "test"):
+        for path in (root / "femnist" / part).glob("*.json"):
+            for user, content in json.loads(path.read_text())["user_data"].items():
+                raw[user, part] = content
+    for writer in writers[:3]:
+        task = load("femnist", target=writer)
+        assert len(task.classes) == 62 and task.classes[10] == "A" and task.classes[36] == "a"
+        assert set(torch.nonzero(task.seen).flatten().tolist()) == set(raw[writer, "train"]["y"])
+        # white on black: ink, 0 in the file, is 255
+        image = 255 * (1 - np.array(raw[writer, "train"]["x"][0]))
+        assert any(np.abs(own[0].numpy() - image.reshape(28, 28)).max() < 1 for own in task.target_train.images)
+        train, test = ({i.numpy().tobytes() for i in s.images} for s in (task.target_train, task.target_test))
+        assert not train & test
+    everyone = sum(len(content["y"]) for content in raw.values())
+    source = load("femnist")
+    targets = sum(len(raw[writer, part]["y"]) for writer in writers for part in ("train", "test"))
+    twice = "f0003_03" not in writers
+    assert len(source.source_train.labels) + len(source.source_test.labels) == everyone - targets - twice
+
+
+def test_femnist_drops_the_image_that_stands_in_train_and_test(root):
+    found = data.femnist.read(root / "femnist")
+    own = found["writers"] == "f0003_03"
+    images = [image.tobytes() for image in found["images"][own]]
+    assert len(images) == len(set(images)) == 42 and found["test"][own].sum() == 12
+
+
+def test_iwildcam_keeps_sequences_together(load, root):
+    assert sorted(data.targets("iwildcam", "train", root)) == ["7", "9"]
+    for seed in range(3):
+        task = load("iwildcam", target="9", split_seed=seed)
+        assert task.classes == ["empty", "ocelot", "puma", "tapir", "agouti"]
+        train, test = (set((split.images.index // 3).tolist()) for split in (task.target_train, task.target_test))
+        assert not train & test and len(train) == 8 and len(test) == 4  # 12 sequences of 3 images, 7:3
+        assert set(task.target_train.labels.tolist()) == set(torch.nonzero(task.seen).flatten().tolist()) <= {0, 2, 3}
+        assert len(task.source_train.labels) == 3 * 33 and len(task.source_test.labels) == 3 * 3  # id_test
+        assert torch.equal(colours(task.target_test), task.target_test.labels)
+
+
+def test_inat_takes_only_fungi(load):
+    task = load("inat_fungi", seen_classes="2")
+    assert task.classes == [f"Fungi_Ascomycota_C_O_F_Genus_s{i}" for i in range(4)]
+    assert counts(task) == (2 * 7, 2 * 3, 2 * 3) and len(task.source_train.labels) == 4 * 9
+
+
+VTAB = {  # target: classes, of them the first, images in the training and the test part
+    "cifar100": (4, "apple", 40, 20),
+    "caltech101": (3, "Faces_easy", 21, 9),
+    "dtd": (3, "banded", 18, 9),
+    "eurosat": (3, "AnnualCrop", 21, 9),
+    "flowers102": (102, "pink primrose", 204, 204),
+    "pets": (3, "Abyssinian", 15, 9),
+    "sun397": (3, "abbey", 21, 9),
+    "resisc45": (3, "airplane", 21, 9),
+}
+
+
+@pytest.mark.parametrize("target", VTAB)
+def test_vtab_layouts(target, load):
+    task = load("vtab", "clip", target, seen_classes="2", oracle=True)
+    got = len(task.classes), task.classes[0], len(task.target_train.labels), len(task.target_test.labels)
+    assert got == VTAB[target] and task.source_train is None
+    assert "{}" in task.source_recipe["prompt"]
+    if target == "sun397":
+        assert task.classes[1] == "apartment_building/outdoor"
+    if target not in ("cifar100", "caltech101", "flowers102", "sun397"):  # in caltech101 a class before is left out
+        assert torch.equal(colours(task.target_test), task.target_test.labels)
+    if target == "flowers102":
+        rows = task.target_test.images.index
+        assert ((rows + 1) % 102 == task.target_test.labels.numpy()).all()
+
+
+def test_cifar100_runs_no_code(tmp_path):
+    import os
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    replicas.cifar100(tmp_path)
+    (tmp_path / "vtab" / "cifar-100-python" / "train").write_bytes(pickle.dumps({b"data": Evil()}))
+    with pytest.raises(InputError, match=r"train: not the file that CIFAR-100 publishes \(.*mkdir"):
+        data.load_task("vtab", "clip", "cifar100", data_root=tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_folder_target_that_lacks_a_class(load):
+    task = load("folder", "camera", "drawing")
+    assert task.classes == ["cup", "fork", "knife", "plate"] and task.seen_classes == "data"
+    assert task.seen.tolist() == [True, True, False, True] and counts(task) == (21, 9, 0)
+    assert set(task.target_test.labels.tolist()) == {0, 1, 3}, "the class it lacks does not shift the others"
+    assert len(load("folder", "camera", "drawing", seen_classes="2").target_train.labels) == 14
+    with pytest.raises(InputError, match=r"--oracle: the target drawing has training images of the seen classes only"):
+        load("folder", "camera", "drawing", oracle=True)
+
+
+def test_folder_with_a_split_of_ones_own(tmp_path):
+    replicas.tree(tmp_path / "a", ["x", "train", "z"], 10)  # a class called train is no part
+    replicas.tree(tmp_path / "b" / "train", ["x"], 4)
+    replicas.tree(tmp_path / "b" / "test", ["train", "x", "z"], 3)
+    task = data.load_task("folder", "a", "b", data_root=tmp_path, image_size=16)
+    assert task.classes == ["train", "x", "z"] and task.seen.tolist() == [False, True, False]
+    assert counts(task) == (4, 3, 6)
+
+
+def test_folder_with_a_class_that_the_source_does_not_know(tmp_path):
+    replicas.tree(tmp_path / "a", ["x", "y"], 5)
+    replicas.tree(tmp_path / "b", ["ufo", "x", "y"], 5)
+    with pytest.raises(InputError, match=r"--target b: the source does not know its class ufo; --ignore-unknown"):
+        data.load_task("folder", "a", "b", "1", data_root=tmp_path, image_size=16)
+    task = data.load_task("folder", "a", "b", "1", data_root=tmp_path, image_size=16, ignore_unknown_classes=True)
+    assert task.classes == ["x", "y"] and counts(task) == (3, 2, 2)
+    with pytest.raises(InputError, match=r"--seen-classes data: makes 2 of 2 classes seen"):
+        data.load_task("folder", "a", "b", data_root=tmp_path, image_size=16, ignore_unknown_classes=True)
+
+
+@pytest.mark.parametrize("method", ["naive_ft", "ht_distill"])
+@pytest.mark.parametrize("dataset", ["office_home", "domainnet", "femnist", "iwildcam", "inat_fungi", "folder"])
+def test_methods_run_on_every_set(dataset, method, root, run_method, read):
+    pairs = {"office_home": ("--source", "Art", "--target", "Real_World", "--seen-classes", "3")}
+    pairs |= {"femnist": ("--batch-size", "8")}
+    flags = pairs.get(dataset, ()) if dataset == "femnist" else (*SMALL, *pairs.get(dataset, ()))
+    where = root / "folder" if dataset == "folder" else root
+    names, folder = run_method(method, "--dataset", dataset, "--data-root", str(where), *flags)
+    done, arrays, _ = read(folder)
+    task = names["task"]
+    assert arrays["test_logits"].shape == (len(task.target_test.labels), len(task.classes))
+    assert done["final"]["seen"] is not None and np.isfinite(arrays["test_logits"]).all()
+    assert (done["args"]["image_size"] == 16) == (dataset != "femnist")
+
+
+@pytest.mark.parametrize("method", ["naive_ft", "ht_distill"])
+def test_vtab_starts_from_clip_without_training(method, root, run_method, read, tiny_clip, monkeypatch, tmp_path):
+    import models
+
+    monkeypatch.setattr(models, "train_source", lambda *a, **k: pytest.fail("CLIP is its own source model"))
+    flags = ("--dataset", "vtab", "--target", "pets", "--arch", "clip:tiny", "--weights", "none")
+    flags += ("--seen-classes", "2", "--batch-size", "8", "--image-size", "32", "--data-root", str(root))
+    done, arrays, _ = read(run_method(method, *flags)[1])
+    assert arrays["test_logits"].shape == (9, 3) and done["source"]["overall"] is not None
+
+
+def test_what_to_download_fits_on_one_screen(tmp_path, run_method, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_method("ht_distill", "--dataset", "domainnet", "--data-root", str(tmp_path), runs=tmp_path / "runs")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and len(error.splitlines()) <= 24 and max(map(len, error.splitlines())) <= 120
+    for part in (str(tmp_path / "domainnet"), "csr.bu.edu", "groundtruth/clipart.zip", "5.6 GB", "--download"):
+        assert part in error
+
+
+@pytest.mark.parametrize("dataset", [name for name, entry in data.DATASETS.items() if "about" in entry])
+def test_missing_data_say_what_to_put_where(dataset, tmp_path):
+    with pytest.raises(InputError, match=r"not there\n\n(?s:.*)--data-root") as error:
+        data.load_task(dataset, data_root=tmp_path / "nothing")
+    assert str(tmp_path / "nothing") in str(error.value)
+
+
+def test_a_pair_for_every_target(root):
+    assert benchmark.expand("digits:mnist:optdigits", "") == ["digits:mnist:optdigits"]
+    pairs = benchmark.expand("iwildcam:train:all", f"--data-root {root}")
+    assert sorted(pairs) == ["iwildcam:train:7", "iwildcam:train:9"]
+    assert benchmark.expand("glyphs:sans:all", "") == [f"glyphs:sans:{d}" for d in ("serif", "mono", "stix")]
+
+
+def test_image_size_is_an_error_where_it_means_nothing():
+    with pytest.raises(InputError, match="--image-size 64: the images of digits have one size"):
+        data.load_task("digits", image_size=64)
+    with pytest.raises(InputError, match="--download: not offered for digits"):
+        data.load_task("digits", download=True)
