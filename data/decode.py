@@ -38,7 +38,7 @@ def read_image(path, size):
 
 def square(image, size):
     image.load()
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):
         deep = np.asarray(image).astype(np.int64)
         image = Image.fromarray((np.clip(deep, 0, 65535) / 257).round().astype(np.uint8))
@@ -47,7 +47,9 @@ def square(image, size):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range")
-    return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
 
 
 def decode_chunk(paths, size, file, offset):
