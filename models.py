@@ -181,6 +181,12 @@ def clip_classifier(arch, classes, image_shape=None, weights=None, names=None, p
         raise InputError(
             f"--weights {tag}: neither a file nor none nor a tag of open_clip's {name}: {', '.join(known)}"
         )
+    quick = bool((open_clip.get_model_config(name) or {}).get("quick_gelu"))
+    if not file and tag and bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu")) != quick:
+        other = name.removesuffix("-quickgelu") if quick else f"{name}-quickgelu"  # fits, and gives worse features
+        raise InputError(
+            f"--arch {arch}: has another activation than the weights {tag}; take clip:{other}, or --weights"
+        )
     model = load(arch, open_clip.create_model, name, None if file else tag).eval()
     if file:
         load_state(model, read_checkpoint(weights, "--weights"), f"--weights {weights}")

@@ -190,7 +190,7 @@ VTAB = {
     "download": download,
     "about": ABOUT,
     "augmentation": PHOTO,
-    "recipe": {**PHOTO_RECIPE, "arch": "clip:ViT-B-32", "backbone_lr": 1e-5},
+    "recipe": {**PHOTO_RECIPE, "arch": "clip:ViT-B-32-quickgelu", "backbone_lr": 1e-5},
     "source_recipe": {},
     "prompts": PROMPTS,
 }

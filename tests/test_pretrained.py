@@ -102,6 +102,7 @@ def test_what_is_wrong_with_a_clip_is_said(tiny, tmp_path):
     for arch, weights, message in [
         ("clip:ViT-B-33", "none", "--arch clip:ViT-B-33: open_clip has no such model; it has .*ViT-B-32"),
         ("clip:ViT-B-32", "mine", "--weights mine: neither a file nor none nor a tag of open_clip's ViT-B-32: openai"),
+        ("clip:ViT-B-32", None, "another activation than the weights openai; take clip:ViT-B-32-quickgelu"),
         ("clip:ViT-B-32", tiny[2], "does not fit the model; missing"),
         ("resnet18", None, "--arch resnet18: vtab has no source images, so it takes a clip:NAME"),
     ]:
