@@ -77,4 +77,7 @@ if __name__ == "__main__":
                 answer = {"bad": decode_chunk(job["paths"], job["size"], output, job["offset"])}
             except OSError as error:  # a full disk
                 answer = {"error": str(error)}
-            print(json.dumps(answer), flush=True)
+            try:
+                print(json.dumps(answer), flush=True)
+            except BrokenPipeError:  # the parent was killed
+                os._exit(1)

@@ -9,7 +9,6 @@ any of them can be deleted at any time. The images are kept at the size that eva
 the published recipe's; training crops (70 % of the area at least) are enlarged from them by up to 1.4.
 """
 
-import fcntl
 import hashlib
 import io
 import json
@@ -32,7 +31,7 @@ from eval import InputError, write_text
 from . import decode
 
 CACHE_VERSION = 1  # raise it when read_image gives other pixels for the same file
-CHUNK = 32  # images that a worker decodes at a time
+CHUNK = 32  # images that a worker decodes at a time; with another number here, raise CACHE_VERSION
 SMALL = 4 * CHUNK  # up to so many are decoded in this process: workers would take longer to start
 SAVE_EVERY = 20.0  # seconds between two points from which a build that was killed goes on
 
@@ -57,7 +56,8 @@ class Images:
     def __getitem__(self, index):
         if isinstance(index, torch.Tensor):
             index = index.numpy()
-        batch = torch.from_numpy(np.array(self.pixels[self.index[index]]))
+        batch = np.asarray(self.pixels)[self.index[index]]
+        batch = torch.from_numpy(batch if batch.flags.owndata else batch.copy())
         if hasattr(mmap, "MADV_DONTNEED"):  # give the mapped pages back: they stay in the system's cache, not in ours
             self.pixels.base.madvise(mmap.MADV_DONTNEED)
         return batch.movedim(-1, -3)
@@ -110,7 +110,7 @@ def open_images(name, root, files, size, cache, skip_bad=False):
         )
     if not path.exists():
         build(path, report, root, files, size)
-    lines = report.read_text(encoding="utf-8").splitlines() if report.exists() else []
+    lines = report.read_bytes().decode().split("\n")[:-1] if report.exists() else []
     bad = {int(number): (file, why) for number, file, why in (line.split("\t") for line in lines)}
     if bad and not skip_bad:
         listed = "\n".join(f"  {file}: {why}" for file, why in bad.values())
@@ -147,6 +147,8 @@ def build(path, report, root, files, size):
     disk, so a build that was killed goes on from there. Only a complete file gets its name. Of two builds of the same
     file at a time the second waits for the first.
     """
+    import fcntl  # of Unix alone, and only photographs need it
+
     part, saved = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.part.txt")
     header = io.BytesIO()
     shape = {"descr": "|u1", "fortran_order": False, "shape": (len(files), size, size, 3)}
@@ -183,9 +185,8 @@ def build(path, report, root, files, size):
             for start in todo
         ]
         fresh, clock = {}, time.monotonic()
-        with tqdm(total=len(files), initial=len(files) - sum(len(job["paths"]) for job in jobs)) as bar:
-            bar.set_description(f"decoding {path.name.rsplit('-', 2)[0]}")
-            bar.unit = "image"
+        before, name = len(files) - sum(len(job["paths"]) for job in jobs), path.name.rsplit("-", 2)[0]
+        with tqdm(total=len(files), initial=before, desc=f"decoding {name}", unit="image") as bar:
             for job, reasons in decoded(part, jobs):
                 fresh[job["start"]] = {job["start"] + int(i): why for i, why in reasons.items()}
                 bar.update(len(job["paths"]))
@@ -208,10 +209,13 @@ def read_saved(saved):
     """(starts of the chunks that are done, {index of a bad file: reason}) of a build that was killed."""
     done, bad = set(), {}
     for line in saved.read_text().splitlines() if saved.exists() else ():
-        if line.endswith("}"):  # the last line may be cut
-            for start, reasons in json.loads(line).items():
-                done.add(int(start))
-                bad |= {int(i): why for i, why in reasons.items()}
+        try:
+            chunks = json.loads(line)
+        except ValueError:  # the last line of a build that was killed may be cut
+            break
+        for start, reasons in chunks.items():
+            done.add(int(start))
+            bad |= {int(i): why for i, why in reasons.items()}
     return done, bad
 
 
@@ -220,14 +224,21 @@ def decoded(part, jobs):
     if sum(len(job["paths"]) for job in jobs) <= SMALL:
         with open(part, "r+b") as output:
             for job in jobs:
-                yield job, decode.decode_chunk(job["paths"], job["size"], output, job["offset"])
+                try:
+                    bad = decode.decode_chunk(job["paths"], job["size"], output, job["offset"])
+                except OSError as error:
+                    raise InputError(f"{part}: cannot be written ({error})") from error
+                yield job, bad
         return
     waiting, results = queue.SimpleQueue(), queue.SimpleQueue()
     for job in jobs:
         waiting.put(job)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = [
-        subprocess.Popen([sys.executable, "-P", decode.__file__, str(part)], stdin=-1, stdout=-1, text=True)
-        for _ in range(min(len(os.sched_getaffinity(0)), len(jobs)))
+        subprocess.Popen(
+            [sys.executable, "-P", decode.__file__, str(part)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(min(cores, len(jobs)))
     ]
 
     def feed(worker):

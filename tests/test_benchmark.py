@@ -23,13 +23,14 @@ def test_seeds():
         benchmark.seeds("a-b")
 
 
-def fake_run(folder, method, split_seed, overall, seed=0, pseudo=None, classes="abcd", **args):
-    """A finished run with real files: 100 images, half of them of the two seen classes of four, `overall` % right."""
+def fake_run(folder, method, split_seed, overall, seed=0, pseudo=None, classes="abcd", kinds=4, **args):
+    """A finished run with real files: 100 images of the first `kinds` of four classes, of which two are seen, `overall`
+    % right."""
     args = {"dataset": "d", "source": "a", "target": "b", "seen_classes": "2", "method": method, "lr": 0.1, **args}
     args |= {"split_seed": split_seed, "seed": seed, "pseudo_split": pseudo}
     path = folder / method / f"split{split_seed}-seed{seed}{'' if pseudo is None else f'-pseudo{pseudo}'}"
     path.mkdir(parents=True)
-    labels = np.arange(100) % 4
+    labels = np.arange(100) % kinds
     right, half = np.arange(100) < overall, np.arange(100) < 50
     logits = [np.eye(4, dtype=np.float32)[np.where(hit, labels, (labels + 1) % 4)] for hit in (right, half)]
     logits[0] += np.random.default_rng(split_seed).random((100, 4), np.float32) / 100
@@ -95,6 +96,21 @@ def test_four_figures_of_any_subset(tmp_path, capsys):
         for name in names:
             content = (tmp_path / folder / name).read_bytes()
             assert content.startswith(b"%PDF" if name.endswith("pdf") else b"\x89PNG") and len(content) > 5000
+
+
+def test_report_over_targets(tmp_path, capsys):
+    for target, value in (("w1", 40), ("w2", 60), ("w3", 80)):  # w1 has no unseen class in its test part
+        fake_run(tmp_path / target, "naive_ft", 0, value, kinds=2 if target == "w1" else 4, target=target)
+    options = benchmark.Report((tmp_path,), over_targets=True, format="json", figures=tmp_path / "figures")
+    benchmark.report(options)
+    rows = {row["method"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["naive_ft"]["task"] == "d a to all, 2 seen" and rows["naive_ft"]["runs"] == 3
+    assert rows["naive_ft"]["overall"] == pytest.approx(60) and rows["naive_ft"]["unseen"] == pytest.approx(70)
+    assert len(list((tmp_path / "figures").iterdir())) == 8
+    benchmark.report(benchmark.Report((tmp_path / "w1",), figures=tmp_path / "none"))
+    shown = capsys.readouterr().out  # - for what there is not
+    assert "d a to w1, 2 seen: no figures, since no run has" in shown and "|      - |" in shown
+    assert benchmark.interval([None]) == (None, None)
 
 
 def test_report_does_not_mix_runs(tmp_path):

@@ -1,11 +1,13 @@
 """Every data set in its published layout, read and run through the command line."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import replicas
 import torch
+from conftest import ROOT
 
 import benchmark
 import data
@@ -248,6 +250,24 @@ def test_methods_run_on_every_set(dataset, method, root, run_method, read):
     assert arrays["test_logits"].shape == (len(task.target_test.labels), len(task.classes))
     assert done["final"]["seen"] is not None and np.isfinite(arrays["test_logits"]).all()
     assert (done["args"]["image_size"] == 16) == (dataset != "femnist")
+
+
+OTHERS = sorted({path.stem for path in (ROOT / "methods").glob("*.py")} - {"naive_ft", "ht_distill"})
+
+
+@pytest.mark.parametrize("method", OTHERS)
+def test_every_method_runs_on_images_in_a_cache_file(method, root, run_method, read):
+    _, arrays, _ = read(run_method(method, "--dataset", "domainnet", "--data-root", str(root), *SMALL)[1])
+    assert np.isfinite(arrays["test_logits"]).all() and arrays["test_logits"].shape == (15, 5)
+
+
+def test_runs_on_two_folders_of_images_are_not_mixed_up(root, run_method, tmp_path, capsys):
+    flags = ("--dataset", "folder", "--data-root", str(root / "folder"), *SMALL, "--name", "mixed")
+    run_method("naive_ft", *flags)
+    shutil.copytree(root / "folder", tmp_path / "copy")
+    with pytest.raises(SystemExit) as stop:
+        run_method("naive_ft", *flags[:3], str(tmp_path / "copy"), *flags[4:])
+    assert stop.value.code == 2 and f"data_root {root / 'folder'} (now" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["naive_ft", "ht_distill"])

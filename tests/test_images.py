@@ -209,6 +209,9 @@ def test_the_cache_is_built_once_and_again_after_a_change(listing, change, monke
 def test_workers_and_this_process_decode_the_same(listing, monkeypatch):
     root, files, cache = listing
     (root / files[4]).write_bytes(b"")
+    strange = "x/a/tab\tline\nend\r\x85\udcff.png"  # any name that a file can have
+    (root / strange).write_bytes(b"")
+    files.append(strange)
     here = open_list(root, files, cache, skip_bad=True)[:]
     monkeypatch.setattr(images, "SMALL", 0)
     monkeypatch.setattr(images, "CHUNK", 3)
@@ -237,6 +240,8 @@ images.open_images("name", {str(root)!r}, {files!r}, 8, {str(cache)!r})
     assert done.returncode == -signal.SIGKILL
     names = sorted(path.name.partition(".")[2] for path in cache.iterdir())
     assert names == ["npy.part", "npy.part.txt"], "nothing that could be taken for a cache"
+    with open(next(cache.glob("*.txt")), "a") as stream:
+        stream.write('{"16": {}')  # and as if it had died while it wrote this line
     decoded, read_image = [], decode.read_image
     monkeypatch.setattr(images, "CHUNK", 4)
     monkeypatch.setattr(decode, "read_image", lambda path, size: decoded.append(path) or read_image(path, size))
