@@ -167,7 +167,8 @@ def load_task(
     if split_seed < 0:
         raise InputError(f"--split-seed {split_seed}: must be 0 or more")
     entry, root = DATASETS[dataset], home(dataset, data_root)
-    source, target = source or domains[0], target or next(d for d in domains if d != (source or domains[0]))
+    source = source or domains[0]
+    target = target or next((name for name in domains if name != source), "None")
     for flag, domain in (("--source", source), ("--target", target)):
         if domain not in domains:
             raise InputError(f"{flag} {domain}: {dataset} has no such domain; choose from {', '.join(domains)}")
@@ -195,6 +196,8 @@ def load_task(
             images, good = open_images(name, root, found.images, size, cache, skip_bad_images)
             others = [None if array is None else array[good] for array in (found.labels, found.test, found.group)]
             found = Domain(images, others[0], found.classes, *others[1:])
+        elif image_size is not None:
+            raise InputError(f"--image-size {image_size}: the images of {domain} have one size; leave the flag out")
         return found
 
     def split(domain, index):

@@ -46,7 +46,7 @@ def read(root):
         keys = {}
         for part, (writer, images, _, _) in enumerate(parts):  # dict: the first of equal images stays, and the order
             for i, image in enumerate(images):
-                keys.setdefault((writer, image.tobytes()), (part, i))
+                keys.setdefault((writer, hashlib.blake2b(image.tobytes()).digest()), (part, i))
         kept = [[] for _ in parts]
         for part, i in keys.values():
             kept[part].append(i)

@@ -10,6 +10,12 @@ from PIL import Image
 SIDES = ((24, 18), (17, 31), (40, 40), (16, 20))  # no two neighbours of one size
 OFFICE = ["Alarm_Clock", "Backpack", "Batteries", "Bike", "Drill", "Exit_Sign", "TV"]
 
+TINY_CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 16, "head_width": 8, "patch_size": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
 
 def photo(path, label, seed=0):
     """A JPEG (or PNG) of a colour that tells its label, with noise."""

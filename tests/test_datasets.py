@@ -14,11 +14,6 @@ import data
 from eval import InputError
 
 SMALL = ("--arch", "small_cnn", "--image-size", "16", "--batch-size", "8")
-TINY_CLIP = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "layers": 1, "width": 16, "head_width": 8, "patch_size": 16},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-}
 
 
 @pytest.fixture(scope="session")
@@ -33,18 +28,18 @@ def root(tmp_path_factory):
 @pytest.fixture
 def load(root):
     return lambda dataset, *a, **k: data.load_task(
-        dataset, *a, **{"data_root": str(root / "folder" if dataset == "folder" else root), **sized(dataset), **k}
+        dataset, *a, **{"data_root": str(root / "folder" if dataset == "folder" else root), **sized(dataset, *a), **k}
     )
 
 
-def sized(dataset):
-    return {} if dataset == "femnist" else {"image_size": 16}
+def sized(dataset, source=None, target=None):
+    return {} if "femnist" == dataset or "cifar100" == target else {"image_size": 16}
 
 
 @pytest.fixture
 def tiny_clip(tmp_path):
     open_clip = pytest.importorskip("open_clip", reason="open_clip_torch is optional: requirements-optional.txt")
-    (tmp_path / "tiny.json").write_text(json.dumps(TINY_CLIP))
+    (tmp_path / "tiny.json").write_text(json.dumps(replicas.TINY_CLIP))
     open_clip.add_model_config(tmp_path / "tiny.json")
     return open_clip
 
@@ -304,8 +299,10 @@ def test_a_pair_for_every_target(root):
     assert benchmark.expand("glyphs:sans:all", "") == [f"glyphs:sans:{d}" for d in ("serif", "mono", "stix")]
 
 
-def test_image_size_is_an_error_where_it_means_nothing():
+def test_image_size_is_an_error_where_it_means_nothing(load):
     with pytest.raises(InputError, match="--image-size 64: the images of digits have one size"):
         data.load_task("digits", image_size=64)
+    with pytest.raises(InputError, match="--image-size 64: the images of cifar100 have one size"):
+        load("vtab", "clip", "cifar100", image_size=64)
     with pytest.raises(InputError, match="--download: not offered for digits"):
         data.load_task("digits", download=True)

@@ -4,9 +4,9 @@ import json
 import sys
 
 import pytest
+import replicas
 import torch
 import torch.nn.functional as F
-from test_datasets import TINY_CLIP
 
 import data
 import models
@@ -55,7 +55,7 @@ def test_timm_weights_from_a_file(tmp_path):
 def tiny(tmp_path):
     """A tiny CLIP with random weights, saved as a state dict; its real tokenizer."""
     open_clip = pytest.importorskip("open_clip", reason=WHY)
-    (tmp_path / "tiny.json").write_text(json.dumps(TINY_CLIP))
+    (tmp_path / "tiny.json").write_text(json.dumps(replicas.TINY_CLIP))
     open_clip.add_model_config(tmp_path / "tiny.json")
     torch.manual_seed(3)
     clip = open_clip.create_model("tiny").eval()
