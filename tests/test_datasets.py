@@ -33,7 +33,7 @@ def load(root):
 
 
 def sized(dataset, source=None, target=None):
-    return {} if "femnist" == dataset or "cifar100" == target else {"image_size": 16}
+    return {} if dataset == "femnist" or target == "cifar100" else {"image_size": 16}
 
 
 @pytest.fixture
