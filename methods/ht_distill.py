@@ -182,11 +182,10 @@ if __name__ == "__main__":
                 loss = F.cross_entropy(logits[: len(images)], labels)
                 if args.distill_weight:
                     with torch.no_grad():
-                        teacher_logits = source_model(cut if cut_images else images)
-                    kl = distillation(logits[-len(teacher_logits) :], teacher_logits, seen, args.distill)
-                    loss = loss + args.distill_weight * kl
+                        teacher = source_model(cut if cut_images else images)
+                    loss += args.distill_weight * distillation(logits[-len(teacher) :], teacher, seen, args.distill)
                 if args.rank_weight:
-                    loss = loss + args.rank_weight * decorrelation(features[: len(images)])
+                    loss += args.rank_weight * decorrelation(features[: len(images)])
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()
                 scaler.unscale_(optimizer)
