@@ -221,7 +221,7 @@ def test_a_weight_that_overflows_is_never_saved(run_method, capsys):
 
 
 def test_a_source_training_that_diverges(run_method, tmp_path, monkeypatch, capsys):
-    task = load_task("digits")
+    task = load_task(dataset="digits")
     monkeypatch.setattr(task, "source_recipe", {**task.source_recipe, "lr": 1e9, "backbone_lr": 1e9})
     monkeypatch.setattr(data, "load_task", lambda *args: task)
     stopped(lambda: run_method("naive_ft", runs=tmp_path), 2)
