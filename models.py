@@ -317,8 +317,8 @@ def train_once(model, task, seed, path, key, arch):
             write_checkpoint(path, content)
         unfinished.unlink(missing_ok=True)
     except torch.OutOfMemoryError as error:
-        size = task.source_recipe.get("batch_size")
-        raise InputError(f"source model, batches of {size} images: out of memory; use another device") from error
+        size, device = task.source_recipe.get("batch_size"), model.mean.device
+        raise InputError(f"source model, batches of {size} images: {device} is out of memory; use another") from error
     finally:
         lock.release()
 

@@ -149,13 +149,13 @@ def load_task(
     target=None,
     seen_classes=None,
     split_seed=0,
-    pseudo_split=None,
     oracle=False,
     data_root=None,
     image_size=None,
     download=False,
     skip_bad_images=False,
     ignore_unknown_classes=False,
+    pseudo_split=None,
 ):
     """The Task that the flags of the same names describe; None is the data set's default.
 

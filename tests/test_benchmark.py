@@ -1,5 +1,5 @@
 import json
-import subprocess
+import runpy
 import sys
 
 import numpy as np
@@ -133,35 +133,51 @@ def test_report_does_not_mix_runs(tmp_path):
         benchmark.report(benchmark.Report((tmp_path / "nowhere",)))
 
 
-def grid(*words):
-    command = [sys.executable, str(ROOT / "benchmark.py"), "run", *map(str, words)]
-    return subprocess.run(command, check=False, capture_output=True, text=True)
+@pytest.fixture
+def grid(monkeypatch, capsys):
+    """benchmark.py run ..., as a program, in this process; its exit code, what it printed, and its errors."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "benchmark.py"), "run", *map(str, words)])
+        capsys.readouterr()
+        code = 0
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return call
 
 
-def test_print_commands():
-    printed = grid("--print-commands", "--methods", "naive_ft", "wise_ft --a 0.3 --name w", "--split-seeds", "2-3")
-    lines = printed.stdout.splitlines()
+def test_print_commands(grid):
+    lines = grid("--print-commands", "--methods", "naive_ft", "wise_ft --a 0.3 --name w", "--split-seeds", "2-3")[1]
+    lines = lines.splitlines()
     assert len(lines) == 3 * 2 * 2
     assert "methods/wise_ft.py --dataset glyphs --source sans --target serif" in lines[-1]
     assert lines[-1].endswith("--split-seed 3 --seed 0 --a 0.3 --name w")
-    printed = grid("--print-commands", "--methods", "naive_ft", "naive_ft --oracle", "--split-seeds", "0", "--pcv", "2")
-    assert [line.partition(" --seed 0")[2] for line in printed.stdout.splitlines()] == 3 * [
+    lines = grid("--print-commands", "--methods", "naive_ft", "naive_ft --oracle", "--split-seeds", "0", "--pcv", "2")[
+        1
+    ]
+    assert [line.partition(" --seed 0")[2] for line in lines.splitlines()] == 3 * [
         "", " --pseudo-split 0", " --pseudo-split 1", " --oracle"
     ]  # fmt: skip
-    assert grid("--jobs", "0").returncode == 2
-    assert grid("--methods", "nave_ft").returncode == 2 and grid("--pairs", "digits").returncode == 2
+    for words in (("--jobs", "0"), ("--pcv", "-1"), ("--methods", "nave_ft"), ("--methods", ""), ("--pairs", "digits")):
+        code, printed, error = grid(*words)
+        assert (
+            code == 2 and not printed and error.startswith(f"error: {words[0]} {words[1]}") and error.count("\n") == 1
+        )
 
 
-def test_a_grid_skips_what_is_done_and_names_what_fails(tmp_path, runs_dir, run_method):
+def test_a_grid_skips_what_is_done_and_names_what_fails(tmp_path, runs_dir, run_method, grid, monkeypatch):
     run_method("naive_ft", "--name", "caches the source model", "--overwrite")
     source = next((runs_dir / "source_models").glob("digits-mnist-small_cnn-*.pt"))
     flags = f"--flags=--epochs 1 --steps-per-epoch 2 --device cpu --source-checkpoint {source}"
     words = ("--pairs", "digits:mnist:optdigits", "--split-seeds", "0", "--runs-dir", tmp_path, "--jobs", 2, flags)
-    failed = grid("--methods", "naive_ft", "lp_ft --batch-size 5000", *words)
-    assert failed.returncode == 2 and "1 of 2 runs failed" in failed.stderr
-    assert "methods/lp_ft.py" in failed.stderr and "--batch-size 5000: the training set has" in failed.stderr
+    code, _, error = grid("--methods", "naive_ft", "lp_ft --batch-size 5000", *words)
+    assert code == 2 and "1 of 2 runs failed" in error
+    assert "methods/lp_ft.py" in error and "--batch-size 5000: the training set has" in error
     done = tmp_path / "digits" / "mnist-optdigits" / "naive_ft" / "split0-seed0" / "done.json"
     before = done.stat().st_mtime_ns
-    again = grid("--methods", "naive_ft", *words)
-    assert again.returncode == 0, again.stderr
+    assert grid("--methods", "naive_ft", *words)[0] == 0
     assert done.stat().st_mtime_ns == before

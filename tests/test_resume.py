@@ -223,7 +223,7 @@ def test_a_weight_that_overflows_is_never_saved(run_method, capsys):
 def test_a_source_training_that_diverges(run_method, tmp_path, monkeypatch, capsys):
     task = load_task(dataset="digits")
     monkeypatch.setattr(task, "source_recipe", {**task.source_recipe, "lr": 1e9, "backbone_lr": 1e9})
-    monkeypatch.setattr(data, "load_task", lambda *args: task)
+    monkeypatch.setattr(data, "load_task", lambda **flags: task)
     stopped(lambda: run_method("naive_ft", runs=tmp_path), 2)
     assert "is not finite, with --lr 1000000000.0" in capsys.readouterr().err
     assert [path.suffix for path in tmp_path.rglob("*.*")] == [".lock"]
