@@ -112,6 +112,31 @@ def accuracies(logits, labels, seen, where="logits", gamma=0.0):
     return result
 
 
+def flip_points(logits, labels, seen, where="logits"):
+    """Of every image, each [N]: the bias on the unseen classes' logits above which it is taken for one of them, whether
+    its class is seen, and whether it is right where it is taken for one of its own group."""
+    logits, labels, seen = check(logits, labels, seen, where)
+    is_seen = seen[labels]
+    (seen_class, seen_best), (unseen_class, unseen_best) = best_by_group(logits, seen)
+    right = np.where(is_seen, seen_class, unseen_class) == labels
+    return seen_best.astype(np.float64) - unseen_best, is_seen, right
+
+
+def curve(flips, is_seen, right, where="logits"):
+    """See seen_unseen_curve; from what flip_points returns."""
+    if is_seen.all() or not is_seen.any():
+        raise InputError(f"{where}: {is_seen.sum()} of {len(flips)} images are of seen classes: there is no curve")
+    flips, step = np.unique(flips, return_inverse=True)
+    lost = np.bincount(step[is_seen & right], minlength=len(flips))
+    won = np.bincount(step[~is_seen & right], minlength=len(flips))
+    beyond = np.maximum(1, np.abs(flips[[0, -1]])) * (-1, 1) + flips[[0, -1]]
+    gamma = np.concatenate([beyond[:1], flips[:-1] + np.diff(flips) / 2, beyond[1:]])
+    if 0 not in flips:
+        gamma[np.searchsorted(flips, 0)] = 0
+    kept, found = np.concatenate([[lost.sum()], lost.sum() - lost.cumsum()]), np.concatenate([[0], won.cumsum()])
+    return gamma, 100 * kept / is_seen.sum(), 100 * found / (~is_seen).sum()
+
+
 def seen_unseen_curve(logits, labels, seen, where="logits"):
     """What a bias gamma on the unseen classes' logits trades: (gamma, seen accuracy, unseen accuracy), each [K + 1].
 
@@ -120,20 +145,7 @@ def seen_unseen_curve(logits, labels, seen, where="logits"):
     point that 0 belongs to (where 0 is itself a flip, for none), else the middle of its range. Accuracies in %, over
     all C candidates. Raises InputError as check does, and where seen or unseen classes have no image.
     """
-    logits, labels, seen = check(logits, labels, seen, where)
-    is_seen = seen[labels]
-    if is_seen.all() or not is_seen.any():
-        raise InputError(f"{where}: {is_seen.sum()} of {len(labels)} images are of seen classes: there is no curve")
-    (seen_class, seen_best), (unseen_class, unseen_best) = best_by_group(logits, seen)
-    flips, step = np.unique(seen_best.astype(np.float64) - unseen_best, return_inverse=True)
-    lost = np.bincount(step[is_seen & (seen_class == labels)], minlength=len(flips))
-    won = np.bincount(step[~is_seen & (unseen_class == labels)], minlength=len(flips))
-    beyond = np.maximum(1, np.abs(flips[[0, -1]])) * (-1, 1) + flips[[0, -1]]
-    gamma = np.concatenate([beyond[:1], flips[:-1] + np.diff(flips) / 2, beyond[1:]])
-    if 0 not in flips:
-        gamma[np.searchsorted(flips, 0)] = 0
-    right = np.concatenate([[lost.sum()], lost.sum() - lost.cumsum()]), np.concatenate([[0], won.cumsum()])
-    return gamma, 100 * right[0] / is_seen.sum(), 100 * right[1] / (~is_seen).sum()
+    return curve(*flip_points(logits, labels, seen, where), where)
 
 
 def ausuc(logits, labels, seen, where="logits"):
@@ -166,18 +178,31 @@ def alg_gamma(train_logits, train_labels, seen, where="train_logits"):
     return float((others / (seen.sum() - 1) - logits[:, ~seen].mean(1, dtype=np.float64)).mean())
 
 
-def best_gamma(logits, labels, seen, least_unseen=0.0, where="logits"):
-    """The bias with the best overall accuracy among those that keep unseen accuracy at least_unseen % (where none does,
-    as high as can be); of equally good ones the nearest to 0. Raises as seen_unseen_curve does.
-
-    On test images this is an oracle. On the held-out training images of a pseudo split it is what PCV averages.
-    """
-    gamma, seen_accuracy, unseen_accuracy = seen_unseen_curve(logits, labels, seen, where)
-    is_seen = to_numpy(seen)[to_numpy(labels)]
+def best_bias(flips, is_seen, right, where="logits"):
+    """See best_gamma; from what flip_points returns."""
+    gamma, seen_accuracy, unseen_accuracy = curve(flips, is_seen, right, where)
     overall = seen_accuracy * is_seen.sum() + unseen_accuracy * (~is_seen).sum()
-    overall[unseen_accuracy < min(least_unseen, unseen_accuracy[-1]) - 1e-9] = -1
     best = np.flatnonzero(overall >= overall.max() - 1e-6)
     return float(gamma[best[np.abs(gamma[best]).argmin()]])
+
+
+def best_gamma(logits, labels, seen, where="logits"):
+    """The bias with the best overall accuracy, of equally good ones the nearest to 0: on test images an oracle. Raises
+    as seen_unseen_curve does."""
+    return best_bias(*flip_points(logits, labels, seen, where), where)
+
+
+def pcv_gamma(splits):
+    """PCV, pseudo cross-validation (arXiv 2409.16223): (gamma, its spread) from pseudo splits, in each of which other
+    seen classes play the unseen. splits: (logits, labels, seen) of the held-out training images of each.
+
+    gamma is the best for the images of all splits together, the spread from the least to the largest of the splits'
+    own. One gamma for all instead of the mean of their own is ours: one split's hangs on few images.
+    """
+    points = [flip_points(*split, f"pseudo split {i}") for i, split in enumerate(splits)]
+    own = [best_bias(*point) for point in points]
+    together = (np.concatenate(arrays) for arrays in zip(*points, strict=True))
+    return best_bias(*together), max(own) - min(own)
 
 
 @torch.inference_mode()
@@ -677,16 +702,12 @@ def read_arrays(path):
         raise InputError(f"{path}: not the complete logits.npz of a run ({type(error).__name__}: {error})") from error
 
 
-def pcv_gammas(folder):
-    """The best bias of every finished pseudo split of the run in `folder` (made by the run's own command and
-    --pseudo-split k): classes that it knows play the unseen, so no image of a truly unseen class has a part."""
-    gammas = []
-    for done in sorted(folder.parent.glob(f"{folder.name}-pseudo*/done.json")):
-        path = done.with_name("logits.npz")
-        logits, source, labels, _, _, seen, _ = read_arrays(path)
-        least = accuracies(source, labels, seen, f"{path}, source_test_logits")["unseen"]
-        gammas.append(best_gamma(logits, labels, seen, least, f"{path}, test_logits"))
-    return gammas
+def pseudo_splits(folder):
+    """For pcv_gamma: every finished pseudo split of the run in `folder`, made by the run's own command and
+    --pseudo-split k. No image of a truly unseen class has a part in it."""
+    paths = sorted(folder.parent.glob(f"{folder.name}-pseudo*/done.json"))
+    arrays = [read_arrays(path.with_name("logits.npz")) for path in paths]
+    return [(logits, labels, seen) for logits, _, labels, _, _, seen, _ in arrays]
 
 
 def read_run(path):
@@ -702,14 +723,14 @@ def read_run(path):
     run["final"] = accuracies(logits, labels, seen, f"{path}, test_logits")
     own = check(train_logits, train_labels, seen, f"{path}, train_logits")[2][train_labels]  # all but an oracle's extra
     gammas = {"alg": alg_gamma(train_logits[own], train_labels[own], seen), "pcv": None, "oracle_gamma": None}
-    if folds := pcv_gammas(path.parent):
-        gammas["pcv"] = float(np.mean(folds))
+    if splits := pseudo_splits(path.parent):
+        gammas["pcv"], spread = pcv_gamma(splits)
     if run["final"]["ausuc"] is not None:
         gammas["oracle_gamma"] = best_gamma(logits, labels, seen)
     for name, gamma in gammas.items():
         run[name] = None if gamma is None else {"gamma": gamma, **accuracies(logits, labels, seen, gamma=gamma)}
-    if folds:
-        run["pcv"]["gamma_spread"] = max(folds) - min(folds)
+    if splits:
+        run["pcv"]["gamma_spread"] = spread
     return run
 
 

@@ -1,6 +1,8 @@
 import json
 import runpy
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -169,7 +171,7 @@ def test_print_commands(grid):
         )
 
 
-def test_a_grid_skips_what_is_done_and_names_what_fails(tmp_path, runs_dir, run_method, grid, monkeypatch):
+def test_a_grid_skips_what_is_done_and_names_what_fails(tmp_path, runs_dir, run_method, grid):
     run_method("naive_ft", "--name", "caches the source model", "--overwrite")
     source = next((runs_dir / "source_models").glob("digits-mnist-small_cnn-*.pt"))
     flags = f"--flags=--epochs 1 --steps-per-epoch 2 --device cpu --source-checkpoint {source}"
@@ -181,3 +183,32 @@ def test_a_grid_skips_what_is_done_and_names_what_fails(tmp_path, runs_dir, run_
     before = done.stat().st_mtime_ns
     assert grid("--methods", "naive_ft", *words)[0] == 0
     assert done.stat().st_mtime_ns == before
+
+
+def test_a_killed_grid_goes_on_and_two_copies_share_the_work(tmp_path, runs_dir, run_method, grid):
+    run_method("naive_ft", "--name", "caches the source model", "--overwrite")
+    source = next((runs_dir / "source_models").glob("digits-mnist-small_cnn-*.pt"))
+    words = ["run", "--pairs", "digits:mnist:optdigits", "--split-seeds", "0", "--runs-dir", str(tmp_path)]
+    words += ["--methods", "naive_ft", "bn_adapt", "masked_ft"]
+    words += [f"--flags=--epochs 1 --steps-per-epoch 2 --device cpu --source-checkpoint {source}"]
+
+    def start():
+        command = [sys.executable, str(ROOT / "benchmark.py"), *words]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    killed, deadline = start(), time.monotonic() + 100
+    while not (first := list(tmp_path.rglob("done.json"))) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    killed.kill()
+    killed.communicate()
+    before = {path: path.stat().st_mtime_ns for path in first}
+    copies = [start(), start()]
+    ends = [(copy.communicate()[1], copy.returncode) for copy in copies]
+    assert [code for _, code in ends] == [0, 0], ends
+    runs = sorted(path.parent for path in tmp_path.rglob("done.json"))
+    assert [run.parent.name for run in runs] == ["bn_adapt", "masked_ft", "naive_ft"]
+    assert before and before == {path: path.stat().st_mtime_ns for path in before}, "finished runs are not redone"
+    for run in runs:
+        lines = (run / "log.jsonl").read_text().splitlines()
+        assert [json.loads(line)["epoch"] for line in lines] == [0, 1] and read_run(run)["final"]["overall"] > 0
+        assert not list(run.glob(".*.tmp")) and not (run / "checkpoint.pt").exists()
