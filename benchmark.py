@@ -292,22 +292,21 @@ def draw(task, methods, folder):
     if not methods:
         print(f"{task}: no figures, since no run has test images of seen and of unseen classes")
         return
-    methods = dict(sorted(methods.items(), key=lambda item: np.mean(values(item[1], "overall"))))
+    methods = dict(sorted(methods.items(), key=lambda item: -np.mean(values(item[1], "overall"))))
     style = {
-        method: {"color": COLOURS[i % len(COLOURS)], "marker": "osD^v<>Ph"[i % 9], "label": method}
+        method: {"color": COLOURS[i % 8], "marker": "osD^v<>Ph"[i % 9], "label": method, "ls": ("-", "--")[i // 8 % 2]}
         for i, method in enumerate(method for method in methods if method != SOURCE and not method.endswith("-oracle"))
     }
-    style[SOURCE] = {"color": "black", "marker": "*", "label": SOURCE}
-    style |= {m: {"color": "black", "marker": "X", "label": m} for m in methods if m.endswith("-oracle")}
+    style[SOURCE] = {"color": "black", "marker": "*", "label": SOURCE, "ls": "-"}
+    style |= {m: {"color": "black", "marker": "X", "label": m, "ls": "-"} for m in methods if m.endswith("-oracle")}
 
-    def save(name, title, *axes, columns=None):
+    def save(name, title, *axes):
         figure = axes[0].figure
         figure.suptitle(f"{task}: {title}", fontsize=10)
         for ax in axes:
             ax.grid(color="0.9")
             ax.set_axisbelow(True)
-        if columns is None:
-            axes[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
+        axes[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
         for kind in ("png", "pdf"):
             write_atomic(
                 Path(folder) / f"{'-'.join(task.replace(',', '').split())}-{name}.{kind}",
@@ -321,33 +320,33 @@ def draw(task, methods, folder):
             )
         plt.close(figure)
 
-    _, ax = plt.subplots(figsize=(5.2, 4.2))
+    _, ax = plt.subplots(figsize=(5.2, 4.2), layout="constrained")
     for method, runs in methods.items():
         (x, dx), (y, dy) = interval(values(runs, "seen")), interval(values(runs, "unseen"))
         if x is not None and y is not None:
-            ax.errorbar(x, y, yerr=dy, xerr=dx, ls="", ms=8, lw=1, capsize=2, **style[method])
+            ax.errorbar(x, y, yerr=dy, xerr=dx, ms=8, lw=1, capsize=2, **{**style[method], "ls": ""})
     shown = [[np.mean(values(runs, group)) for runs in methods.values()] for group in ("seen", "unseen")]
     limits = [(max(0, min(means) - 8), 101) for means in shown]
     ax.set(xlabel=SEEN_AXIS, ylabel=UNSEEN_AXIS, xlim=limits[0], ylim=limits[1])
     save("dilemma", "mean and 95 % interval over splits", ax)
 
-    _, ax = plt.subplots(figsize=(5.2, 4.2))
-    grid = np.linspace(0, 100, 401)
+    _, ax = plt.subplots(figsize=(5.2, 4.2), layout="constrained")
     for method, runs in methods.items():
         if method == SOURCE:
             continue
-        curves = [seen_unseen_curve(*test_arrays(run), run["run"])[1:] for run in runs.values()]
-        mean = np.mean([np.interp(grid, a[::-1], b[::-1], right=np.nan) for a, b in curves], 0)
-        look = {key: style[method][key] for key in ("color", "marker")}
-        ax.plot(grid, mean, lw=1.2, color=look["color"])
-        ax.plot(np.mean(values(runs, "seen")), np.mean(values(runs, "unseen")), ls="", ms=7, **style[method])
+        curves = [seen_unseen_curve(*test_arrays(run), run["run"]) for run in runs.values()]
+        gammas = np.unique(np.quantile(np.concatenate([gamma for gamma, _, _ in curves]), np.linspace(0, 1, 400)))
+        mean = [np.mean([np.interp(gammas, curve[0], curve[k]) for curve in curves], 0) for k in (1, 2)]
+        look = {**style[method], "ls": "", "ms": 7}
+        ax.plot(*mean, lw=1.2, color=look["color"], ls=style[method]["ls"])
+        ax.plot(np.mean(values(runs, "seen")), np.mean(values(runs, "unseen")), **look)
         if all(run["alg"] for run in runs.values()):
             x, y = (np.mean([run["alg"][group] for run in runs.values()]) for group in ("seen", "unseen"))
-            ax.plot(x, y, ls="", ms=7, fillstyle="none", **look)
-    ax.set(xlabel=SEEN_AXIS, ylabel=UNSEEN_AXIS, xlim=(limits[0][0] - 20, 101), ylim=(limits[1][0] - 5, 101))
+            ax.plot(x, y, fillstyle="none", **{**look, "label": None})
+    ax.set(xlabel=SEEN_AXIS, ylabel=UNSEEN_AXIS, xlim=limits[0], ylim=limits[1])
     save("curves", "any bias on the unseen logits (filled: none, open: ALG)", ax)
 
-    _, axes = plt.subplots(1, 2, figsize=(8, 3.6), sharey=True)
+    _, axes = plt.subplots(1, 2, figsize=(8, 3.6), sharey=True, layout="constrained")
     for ax, group in zip(axes, ("seen", "unseen"), strict=True):
         for method, runs in methods.items():
             if method != SOURCE:
@@ -359,7 +358,7 @@ def draw(task, methods, folder):
         ax.set(xlabel="epoch", title=f"{group} classes", ylabel="accuracy (%)" if group == "seen" else "")
     save("epochs", "mean over splits", *axes)
 
-    _, ax = plt.subplots(figsize=(6.4, 0.42 * len(methods) + 1))
+    _, ax = plt.subplots(figsize=(6.4, 0.42 * len(methods) + 1), layout="constrained")
     names = ["overall", *(f"{kind}_overall" for kind in CALIBRATED)]
     labels = ["no calibration", "ALG", "PCV", "best bias by test labels (oracle)"]
     for i, (name, label) in enumerate(zip(names, labels, strict=True)):
@@ -367,8 +366,9 @@ def draw(task, methods, folder):
         if bars:
             row, mean, width = zip(*bars, strict=True)
             error = [w or 0 for w in width]
-            place = np.array(row) + 0.2 * (1.5 - i)
+            place = np.array(row) + 0.2 * (i - 1.5)
             ax.barh(place, mean, 0.19, xerr=error, color=COLOURS[i], label=label, error_kw={"lw": 0.8})
+    ax.invert_yaxis()
     lowest = min(np.mean(values(runs, "overall")) for runs in methods.values())
     ax.set(
         xlabel="overall accuracy (%)", yticks=range(len(methods)), yticklabels=methods, xlim=(max(0, lowest - 15), 100)
