@@ -214,13 +214,12 @@ def predict(model, images, return_features=False, batch_size=None):
     device = next(model.parameters()).device
     batch_size = batch_size or (64 if device.type == "cpu" else 512)
     model.eval()
-    parts = [
-        model(x.to(device, memory_format=torch.channels_last), return_features=True) for x in images.split(batch_size)
-    ]
+    parts = [model(x.to(device, memory_format=torch.channels_last), return_features) for x in images.split(batch_size)]
     for module, training in was_training.items():
         module.training = training
-    logits, features = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
-    return (logits, features) if return_features else logits
+    if not return_features:
+        return torch.cat(parts).cpu().numpy()
+    return tuple(torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
 
 
 # ------------------------------------------------------------------------------------------ files that survive
@@ -472,7 +471,7 @@ class Run:
         self.args, self.started, self.lock, self.handlers = args, time.perf_counter(), None, {}
         self.method = args.name or Path(script).stem + ("-oracle" if args.oracle else "")
         self.lines, self.epoch, self.steps, self.images, self.values, self.pending = [], 1, 0, 0, {}, {}
-        self.origin = None
+        self.origin, self.features = None, None
 
     def __enter__(self):
         SAVING.update(minutes=self.args.checkpoint_every, in_step=False, signal=0)
@@ -596,9 +595,10 @@ class Run:
         progress = {name: getattr(self, name) for name in PROGRESS}
         self.checkpoint.save(**progress, seconds=now - self.started, seconds_since_evaluation=now - self.clock)
 
-    def evaluate(self, epoch, model, **extras):
+    def evaluate(self, epoch, model, keep_features=False, **extras):
         """Accuracies on the target's test images, with extras (numbers or lists) beside them in log.jsonl. Epoch 0 is
-        the source model and starts the folder, in place of what was there. Does nothing if a checkpoint has it."""
+        the source model and starts the folder, in place of what was there; with keep_features its features of the
+        target's training images, float32 [N, D], are left in self.features. Does nothing if a checkpoint has it."""
         if epoch == 0:
             before, self.origin = self.origin, fingerprint(model, self.task)
             if self.lines and before != self.origin:
@@ -613,7 +613,9 @@ class Run:
         figures = accuracies(test_logits, self.task.target_test.labels, self.task.seen)
         means = {name: mean if math.isfinite(mean := float(np.mean(v))) else None for name, v in self.values.items()}
         if epoch == 0:
-            train_logits = predict(model, self.task.target_train.images)
+            train_logits = predict(model, self.task.target_train.images, return_features=keep_features)
+            if keep_features:
+                train_logits, self.features = train_logits
             self.source = {"test": torch.from_numpy(test_logits), "train": torch.from_numpy(train_logits)}
             self.source["figures"] = figures
             correct = train_logits.argmax(1) == self.task.target_train.labels.numpy()

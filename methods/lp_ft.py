@@ -20,7 +20,7 @@ import tyro
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # data, models and eval: beside this file or one folder up
 import data
 import models
-from eval import Run, predict
+from eval import Run
 
 
 @dataclass
@@ -101,12 +101,12 @@ class Args:
 
 def fit_head(head, features, labels, steps, batch_size, lr, weight_decay, seed):
     """Train the linear head on features [N, D] and labels [N] that lie on its device; returns nothing."""
-    optimizer = torch.optim.SGD(head.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=weight_decay)
+    optimizer = torch.optim.SGD(head.parameters(), lr, 0.9, nesterov=True, weight_decay=weight_decay, fused=True)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     rng = data.generator(labels.device, seed, 2)
-    for _ in range(steps):
-        index = torch.randint(len(labels), (batch_size,), generator=rng, device=labels.device)
-        loss = F.cross_entropy(head(features[index]), labels[index])
+    index = torch.randint(len(labels), (steps, batch_size), generator=rng, device=labels.device)
+    for batch in index:
+        loss = F.cross_entropy(head(features[batch]), labels[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -137,13 +137,14 @@ if __name__ == "__main__":
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * args.steps_per_epoch)
         scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
 
-        run.evaluate(0, model)
-        _, features = predict(model, task.target_train.images, return_features=True)
-        features, labels = torch.from_numpy(features).to(device), task.target_train.labels.to(device)
-        fit_head(model.head, features, labels, args.probe_steps, args.batch_size, args.lr, args.weight_decay, args.seed)
-        with torch.no_grad():
-            probe = 100 * float((model.head(features).argmax(1) == labels).float().mean())
-        print(f"after the probe the head has {probe:.2f} % on the training images")
+        run.evaluate(0, model, keep_features=True)
+        if run.features is not None:  # a run that goes on has its probe behind it
+            features, labels = torch.from_numpy(run.features).to(device), task.target_train.labels.to(device)
+            settings = args.probe_steps, args.batch_size, args.lr, args.weight_decay, args.seed
+            fit_head(model.head, features, labels, *settings)
+            with torch.no_grad():
+                probe = 100 * float((model.head(features).argmax(1) == labels).float().mean())
+            print(f"after the probe the head has {probe:.2f} % on the training images")
         run.resume(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
         for epoch in range(run.epoch, args.epochs + 1):
             model.train()

@@ -28,7 +28,7 @@ MAY_REPLACE = {
     "ht_distill": [LOSS, "run.evaluate(0, model)", "run.evaluate(epoch, model)"],
     "l2_sp": [],
     "lolsgd": [LOSS, STEPS, RESUME, "images, labels = batches(step)", COUNT],
-    "lp_ft": [],
+    "lp_ft": ["run.evaluate(0, model)"],
     "masked_ft": [LOSS],
     "wise_ft": [],
 }
