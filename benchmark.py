@@ -422,6 +422,7 @@ def probe_ratio(steps, batch_size=64):
     task = data.load_task("digits")
     fit_head = runpy.run_path(str(HERE / "methods" / "lp_ft.py"))["fit_head"]
     model = models.build("small_cnn", len(task.classes), task.target_train.images.shape[1:])
+    model = model.to(memory_format=torch.channels_last)
     _, features = predict(model, task.target_train.images, return_features=True)
     features, labels = torch.from_numpy(features), task.target_train.labels
     batches = task.target_train.batches(batch_size, "cpu", seed=0)
