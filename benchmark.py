@@ -410,10 +410,8 @@ def seconds_per_step(method, options, folder):
     if code:
         raise InputError(f"{shlex.join(words)}\n    exit code {code}: {message}")
     done = max(Path(folder).rglob("done.json"), key=lambda path: path.stat().st_mtime_ns)
-    return (
-        json.loads(done.read_text())["args"]["batch_size"]
-        / read_lines(done.with_name("log.jsonl"))[-1]["images_per_second"]
-    )
+    speeds = [line["images_per_second"] for line in read_lines(done.with_name("log.jsonl"))]
+    return read_json(done)["args"]["batch_size"] / [speed for speed in speeds if speed is not None][-1]
 
 
 def probe_ratio(steps, batch_size=64):
