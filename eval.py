@@ -47,8 +47,8 @@ def to_numpy(x):
 def check(logits, labels, seen, where="logits"):
     """logits float [N, C], labels int64 [N], seen bool [C] as numpy arrays.
 
-    Raises InputError, naming `where`, on shapes that do not fit, a value that is not finite, a label outside
-    0..C-1, or a mask without a seen or without an unseen class.
+    Raises InputError, naming `where`, on shapes that do not fit, a label outside 0..C-1, or a mask without a seen or
+    without an unseen class. Whether the logits are finite is seen where they are read (check_finite).
     """
     logits, labels, seen = map(to_numpy, (logits, labels, seen))
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or seen.shape != logits.shape[1:] or seen.dtype != bool:
@@ -57,9 +57,6 @@ def check(logits, labels, seen, where="logits"):
             f"got {logits.shape}, {labels.shape}, {seen.dtype} {seen.shape}"
         )
     logits = logits.astype(np.promote_types(logits.dtype, np.float32), copy=False)
-    finite = np.concatenate([np.isfinite(part).all(1) for part in pieces(logits)])
-    if not finite.all():
-        raise InputError(f"{where}: row {int((~finite).argmax())} has nan or inf")
     if labels.dtype.kind not in "iu" or (len(labels) and not 0 <= labels.min() <= labels.max() < len(seen)):
         raise InputError(f"{where}: labels must be integers from 0 to {len(seen) - 1}")
     if seen.all() or not seen.any():
@@ -72,11 +69,21 @@ def pieces(rows):
     return np.array_split(rows, len(rows) // 256 + 1)
 
 
-def best_by_group(logits, seen):
+def check_finite(logits, where, first_row=0):
+    """Raises InputError, naming `where` and the row, on a value of logits [N, C] that is not finite."""
+    if not np.isfinite(logits).all():
+        row = first_row + int((~np.isfinite(logits).all(1)).argmax())
+        raise InputError(f"{where}: row {row} has nan or inf")
+
+
+def best_by_group(logits, seen, where):
     """The class and the logit, both [N], of the highest logit among the seen classes and of that among the unseen; of
-    equal ones the lower index. seen: bool [C]."""
-    groups, parts = [np.flatnonzero(seen), np.flatnonzero(~seen)], pieces(logits)
-    best = [[classes[np.take(part, classes, 1).argmax(1)] for classes in groups] for part in parts]
+    equal ones the lower index. seen: bool [C]. Raises InputError as check_finite does."""
+    groups, best, row = [np.flatnonzero(seen), np.flatnonzero(~seen)], [], 0
+    for part in pieces(logits):
+        check_finite(part, where, row)
+        best.append([classes[np.take(part, classes, 1).argmax(1)] for classes in groups])
+        row += len(part)
     best = [np.concatenate(of_group) for of_group in zip(*best, strict=True)]
     return [(index, logits[np.arange(len(logits)), index]) for index in best]
 
@@ -95,12 +102,12 @@ def accuracies(logits, labels, seen, where="logits", gamma=0.0):
     ausuc: see ausuc; from 0 to 1. Raises InputError as check does, naming `where`.
     """
     logits, labels, seen = check(logits, labels, seen, where)
-    is_seen = seen[labels]
+    is_seen, best_of_group = seen[labels], best_by_group(logits, seen, where)
     predicted = (logits + gamma * ~seen if gamma else logits).argmax(1)
     correct = predicted == labels
     groups = {"overall": slice(None), "seen": is_seen, "unseen": ~is_seen}
     result = {name: mean_percent(correct[group]) for name, group in groups.items()}
-    for name, (best, _) in zip(("seen", "unseen"), best_by_group(logits, seen), strict=True):
+    for name, (best, _) in zip(("seen", "unseen"), best_of_group, strict=True):
         result[f"{name}_among_{name}"] = mean_percent((best == labels)[groups[name]])
     a, b = result["seen"], result["unseen"]
     result["harmonic_mean"] = None if a is None or b is None else 2 * a * b / (a + b) if a + b else 0.0
@@ -117,7 +124,7 @@ def flip_points(logits, labels, seen, where="logits"):
     its class is seen, and whether it is right where it is taken for one of its own group."""
     logits, labels, seen = check(logits, labels, seen, where)
     is_seen = seen[labels]
-    (seen_class, seen_best), (unseen_class, unseen_best) = best_by_group(logits, seen)
+    (seen_class, seen_best), (unseen_class, unseen_best) = best_by_group(logits, seen, where)
     right = np.where(is_seen, seen_class, unseen_class) == labels
     return seen_best.astype(np.float64) - unseen_best, is_seen, right
 
@@ -168,6 +175,7 @@ def alg_gamma(train_logits, train_labels, seen, where="train_logits"):
     Raises InputError as check does, and on a label of an unseen class.
     """
     logits, labels, seen = check(train_logits, train_labels, seen, where)
+    check_finite(logits, where)
     if not seen[labels].all():
         raise InputError(
             f"{where}: row {int((~seen[labels]).argmax())} is of an unseen class; ALG takes seen ones only"
