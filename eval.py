@@ -112,9 +112,8 @@ def accuracies(logits, labels, seen, where="logits", gamma=0.0):
     a, b = result["seen"], result["unseen"]
     result["harmonic_mean"] = None if a is None or b is None else 2 * a * b / (a + b) if a + b else 0.0
     images = np.bincount(labels, minlength=len(seen))
-    result["class_mean"] = mean_percent(
-        (np.bincount(labels[correct], minlength=len(seen)) / images.clip(1))[images > 0]
-    )
+    share = np.bincount(labels[correct], minlength=len(seen)) / images.clip(1)
+    result["class_mean"] = mean_percent(share[images > 0])
     result["ausuc"] = ausuc(logits, labels, seen, where)
     return result
 
@@ -400,9 +399,8 @@ def check_progress(checkpoint, losses, steps, lr, backbone_lr):
     """Raises InputError if one of the losses, floats of the steps up to `steps`, or a weight is not finite."""
     bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
     if bad is not None or not checkpoint.finite():
-        step, what = (
-            (steps, "a weight") if bad is None else (steps - len(losses) + bad + 1, f"the loss, {losses[bad]},")
-        )
+        step = steps if bad is None else steps - len(losses) + bad + 1
+        what = "a weight" if bad is None else f"the loss, {losses[bad]},"
         raise InputError(
             f"step {step}: {what} is not finite, with --lr {lr} and --backbone-lr {backbone_lr}: "
             "try lower ones, a smaller --clip-grad or --amp off"
@@ -413,7 +411,8 @@ def check_progress(checkpoint, losses, steps, lr, backbone_lr):
 
 
 BUSY = 3  # exit code of a run whose folder another process has
-NOT_COMPARED = ("device", "overwrite", "runs_dir", "data_root", "download", "save_model", "checkpoint_every")
+NOT_COMPARED = ("device", "overwrite", "runs_dir", "data_root", "download", "resident")
+NOT_COMPARED += ("save_model", "checkpoint_every")
 PROGRESS = ("lines", "steps", "images", "values", "origin", "source", "source_train_accuracy")  # of a Run
 HEADER = "epoch     loss    seen  unseen overall  images/s  seconds"
 MOST, LEAST = torch.finfo(torch.float32).max, sys.float_info.min  # finite, and more than 0
@@ -438,9 +437,7 @@ def check_flags(args):
 
 def differences(old, new):
     """What two runs' arguments differ in, for people; "" if in nothing that changes the result."""
-    same = [
-        name for name in NOT_COMPARED if (new.get("dataset"), name) != ("folder", "data_root")
-    ]  # there it is the data
+    same = set(NOT_COMPARED) - ({"data_root"} if new.get("dataset") == "folder" else set())  # there it is the data
     names = [name for name in new | old if name not in same and new.get(name) != old.get(name)]
     return ", ".join(f"{name} {old.get(name)} (now {new.get(name)})" for name in names)
 

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,13 @@ class Images:
         return batch.movedim(-1, -3)
 
     def split(self, size):
-        return (self[start : start + size] for start in range(0, len(self), size))
+        """The images in order, `size` at a time; a thread reads the next ones while some are used."""
+        with ThreadPoolExecutor(1, "read ahead") as reader:
+            coming = reader.submit(self.__getitem__, slice(0, size))
+            for start in range(0, len(self), size):
+                images = coming.result()
+                coming = reader.submit(self.__getitem__, slice(start + size, start + 2 * size))
+                yield images
 
     def subset(self, index):
         return Images(self.pixels, self.index[index], self.key)

@@ -74,6 +74,8 @@ class Args:
     """autocast dtype; auto: off on a CPU"""
     compile: bool = False
     """torch.compile the model"""
+    resident: Literal["auto", "on", "off"] = "auto"
+    """keep the training images on the device; auto: on CUDA, if they take at most half of its free memory"""
     data_root: str | None = None
     """folder with one folder per data set; None: $HT_DATA, else data/"""
     download: bool = False
@@ -139,7 +141,7 @@ if __name__ == "__main__":
         device, amp = models.device_and_amp(args.device, args.amp)
         task = data.load_task(**{name: getattr(args, name) for name in data.TASK_FLAGS})
         args = run.open(task)
-        batches = task.target_train.batches(args.batch_size, device, args.seed, args.augment)
+        batches = task.target_train.batches(args.batch_size, device, args.seed, args.augment, args.resident)
         source_model = models.source_model(
             task, args.arch, device, amp, args.weights, args.source_checkpoint, args.source_seed, args.runs_dir
         )
@@ -147,10 +149,8 @@ if __name__ == "__main__":
         model = copy.deepcopy(source_model)
         if args.compile:
             model.compile()
-        rates = [
-            {"params": model.backbone.parameters(), "lr": args.backbone_lr},
-            {"params": model.head.parameters(), "lr": args.lr},
-        ]
+        backbone, head = model.backbone.parameters(), model.head.parameters()
+        rates = [{"params": backbone, "lr": args.backbone_lr}, {"params": head, "lr": args.lr}]
         optimizer = torch.optim.SGD(rates, momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * args.steps_per_epoch)
         scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)

@@ -1,3 +1,5 @@
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -221,3 +223,57 @@ def test_photo_augmentation_is_the_published_recipe():
     coloured = data.random_photo(red, data.generator("cpu", 2))
     gray = (coloured.amax(1) - coloured.amin(1)).amax((1, 2)) < 1e-6
     assert 0.08 < gray.float().mean() < 0.12
+
+
+@pytest.mark.parametrize("classes", [None, "every other"])
+def test_batches_are_the_same_however_the_images_are_kept(tmp_path, classes):
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 12, 12, 3), np.uint8)
+    np.save(tmp_path / "x.npy", pixels)
+    labels = torch.arange(50) % 5
+    mask = None if classes is None else torch.tensor([True, False, True, False, True])
+    mapped = data.Images(np.load(tmp_path / "x.npy", mmap_mode="r"), np.arange(50), "key")
+    whole = torch.from_numpy(pixels).movedim(3, 1)
+    augmentation = {"crop": 0.7, "jitter": 0.3, "gray": 0.1}
+    want = data.Split(whole.contiguous(), labels, augmentation).batches(8, "cpu", 3)
+    assert want.reader is None, "what lies in memory needs no thread"
+    for images in (mapped, whole):
+        for resident in ("auto", "on", "off"):
+            batches = data.Split(images, labels, augmentation).batches(8, "cpu", 3, True, resident)
+            assert (batches.reader is not None) == (images is mapped and resident != "on")
+            for step in (0, 1, 2, 7, 5, 6, 12):  # in order, over the end of a pass, and after a jump
+                for a, b in zip(batches(step, mask), want(step, mask), strict=True):
+                    assert torch.equal(a, b) and a.is_contiguous(memory_format=torch.channels_last) == (a.ndim == 4)
+    other = torch.tensor([False, True, False, True, False])  # what was read ahead for the mask is of no use
+    batches = data.Split(mapped, labels, {}).batches(8, "cpu", 3)
+    batches(0, mask), batches(1, other)
+    assert not set(batches(2, other)[1].tolist()) - {1, 3}
+
+
+def test_images_that_do_not_fit_where_they_should_stay(monkeypatch):
+    split = data.Split(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.arange(4), {})
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("no memory")))
+    with pytest.raises(InputError, match=r"--resident on: .* GB of images do not fit into the memory of cpu"):
+        split.batches(2, "cpu", 0, resident="on")
+
+
+def test_the_next_batch_is_read_while_one_is_trained_on(tmp_path):
+    """Reading goes on in a thread: by the time of the next call the batch is there."""
+    np.save(tmp_path / "x.npy", np.zeros((40, 8, 8, 3), np.uint8))
+    images, read = data.Images(np.load(tmp_path / "x.npy", mmap_mode="r"), np.arange(40), "key"), []
+
+    class Slow:
+        shape, split = images.shape, images.split
+
+        def __getitem__(self, index):
+            time.sleep(0.1)
+            read.append(index)
+            return images[index]
+
+    batches = data.Split(Slow(), torch.arange(40), {}).batches(8, "cpu", 0, resident="off")
+    waited = []
+    for step in range(3):
+        start = time.perf_counter()
+        batches(step)
+        waited.append(time.perf_counter() - start)
+        time.sleep(0.3)  # the step
+    assert waited[0] >= 0.1 and max(waited[1:]) < 0.1 and len(read) == 4
