@@ -165,7 +165,7 @@ if __name__ == "__main__":
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * args.steps_per_epoch)
         scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
         seen = (task.seen | args.oracle).to(device)  # with images of all classes, none is unseen
-        cut_images = args.batch_size // 4 if args.distill == "mass" and args.distill_weight else 0
+        cut_images = max(2, args.batch_size // 8) if args.distill == "mass" and args.distill_weight else 0
 
         run.evaluate(0, model, effective_rank=effective_rank(model, task.target_train.images))
         if run.source_train_accuracy < 50:
