@@ -100,7 +100,7 @@ class Args:
     """M, copies per round"""
     tau: int = 5
     """steps of a copy per round"""
-    left_out: float = 0.4
+    left_out: float = 0.2
     """share of the seen classes that a copy does without"""
     ce: Literal["subset", "seen", "all"] = "subset"
     """logits that cross-entropy compares: of the copy's classes, of all seen classes, or all"""
