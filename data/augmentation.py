@@ -32,7 +32,7 @@ GRAY = (0.2989, 0.587, 0.114)  # of red, green and blue in a pixel's brightness
 
 def to_gray(images):
     """[N, 3, H, W] to [N, 1, H, W]."""
-    return (images * images.new_tensor(GRAY).view(3, 1, 1)).sum(1, keepdim=True)
+    return sum(weight * colour for weight, colour in zip(GRAY, images.split(1, 1), strict=True))
 
 
 def crop_resize(images, top, left, height, width, flip):
@@ -59,9 +59,12 @@ def shift_hue(images, turn):
     spread = top - low
     safe = torch.where(spread == 0, 1, spread)
     hue = torch.where(top == r, (g - b) / safe, torch.where(top == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
-    # hue in sixths of the circle; each channel is the top less a trapezoid of the hue's distance to it
-    away = [(n + hue + 6 * turn) % 6 for n in (5, 3, 1)]
-    return torch.stack([top - spread * torch.minimum(k, 4 - k).clamp(0, 1) for k in away], 1)
+    hue += 6 * turn  # in sixths of the circle
+    turned = torch.empty_like(images)
+    for channel, n in enumerate((5, 3, 1)):  # the top less a trapezoid of the hue's distance to the channel
+        away = (n + hue) % 6
+        turned[:, channel] = top - spread * torch.minimum(away, 4 - away).clamp(0, 1)
+    return turned
 
 
 def change_colours(images, brightness, contrast, saturation, hue, gray, order=(0, 1, 2, 3)):
@@ -77,7 +80,7 @@ def change_colours(images, brightness, contrast, saturation, hue, gray, order=(0
 
     for which in order:
         if which == 0:
-            images = blend(images, torch.zeros_like(images), brightness)
+            images = (images * brightness.view(-1, 1, 1, 1)).clamp(0, 1)
         elif which == 1:
             images = blend(images, to_gray(images).mean((1, 2, 3), keepdim=True), contrast)
         elif which == 2:
