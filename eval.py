@@ -592,13 +592,14 @@ class Run:
             self.save()
 
     def save(self):
-        """Write the checkpoint. Raises InputError at a loss or a weight that is not finite."""
+        """Write the checkpoint; returns when its steps were done. Raises InputError at a loss or weight not finite."""
         for name, values in self.pending.items():
             self.values.setdefault(name, []).extend(torch.stack(values).tolist())  # waits for the device
         self.pending, now = {}, time.perf_counter()
         check_progress(self.checkpoint, self.values.get("loss", []), self.steps, self.args.lr, self.args.backbone_lr)
         progress = {name: getattr(self, name) for name in PROGRESS}
         self.checkpoint.save(**progress, seconds=now - self.started, seconds_since_evaluation=now - self.clock)
+        return now
 
     def evaluate(self, epoch, model, keep_features=False, **extras):
         """Accuracies on the target's test images, with extras (numbers or lists) beside them in log.jsonl. Epoch 0 is
@@ -610,11 +611,12 @@ class Run:
                 self.checkpoint.refuse("of a run from another source model or with other classes or images")
         if epoch < len(self.lines):
             return
-        if epoch:
-            self.save()
-        speed = self.images / (time.perf_counter() - self.clock) if self.images else None
+        done = self.save() if epoch else None
+        speed = self.images / (done - self.clock) if self.images else None
         interruptible()
+        before = time.perf_counter()
         test_logits = self.test_logits = predict(model, self.task.target_test.images)
+        test_speed = len(test_logits) / (time.perf_counter() - before)
         figures = accuracies(test_logits, self.task.target_test.labels, self.task.seen)
         means = {name: mean if math.isfinite(mean := float(np.mean(v))) else None for name, v in self.values.items()}
         if epoch == 0:
@@ -630,7 +632,8 @@ class Run:
             print(f"{self.folder}\n{HEADER}")
         seconds, loss = time.perf_counter() - self.started, means.pop("loss", None)
         line = {"epoch": epoch, "step": self.steps, "loss": loss, **figures}
-        self.lines.append({**line, "images_per_second": speed, "seconds": seconds, **extras, **means})
+        self.lines.append({**line, "images_per_second": speed, "test_images_per_second": test_speed})
+        self.lines[-1] |= {"seconds": seconds, **extras, **means}
         self.write_log()
         cells = number(loss, 9, 4) + "".join(number(figures[k], 8) for k in ("seen", "unseen", "overall"))
         more = "".join(f"  {k} {v:.4g}" for k, v in (extras | means).items() if isinstance(v, float))

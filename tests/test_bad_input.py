@@ -61,7 +61,7 @@ def numbers(folder):
     done = json.loads((folder / "done.json").read_text())
     del done["args"]["runs_dir"], done["command"]
     for times in (*lines, done):
-        times["seconds"] = times["images_per_second"] = 0
+        times["seconds"] = times["images_per_second"] = times["test_images_per_second"] = 0
     return arrays, lines, done
 
 

@@ -3,6 +3,8 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
 
 import data
 from eval import InputError
@@ -37,6 +39,10 @@ def test_digits_are_the_published_images():
     assert mnist.shape == (5000, 1, 28, 28) and (np.bincount(labels) == 500).all()
     small, labels, _ = data.digits("optdigits")
     assert small.shape == (1797, 1, 28, 28) and small.max() == 255
+    published = load_digits()
+    assert np.array_equal(labels, published.target)
+    ink = F.interpolate(torch.from_numpy(published.images)[:, None] / 16 * 255, (20, 20), mode="bilinear")
+    assert np.abs(small[:, :, 4:24, 4:24] - ink.numpy()).max() <= 0.5 + 1e-4
     border = small.copy()
     border[:, :, 4:24, 4:24] = 0
     assert border.max() == 0, "the ink lies in the middle 20x20, as MNIST's does"

@@ -84,7 +84,7 @@ def result(method, runs_dir):
     source = torch.load(next((runs_dir / "source_models").glob("*.pt")), weights_only=True)["model"]
     arrays |= {f"source {k}": v.numpy() for k, v in source.items()}
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    lines = [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
+    lines = [{k: v for k, v in line.items() if k != "seconds" and not k.endswith("per_second")} for line in lines]
     left = sorted(p.name for p in [*folder.iterdir(), *(runs_dir / "source_models").iterdir()] if p.suffix != ".lock")
     return arrays, lines, [name for name in left if name != ".lock"]
 
