@@ -35,7 +35,8 @@ class Classifier(nn.Module):
     """logits = head(backbone((images - mean) / std)); mean and std, a value per channel, belong to the model.
 
     forward(images): uint8, or float in [0, 1], [N, 1 or 3, H, W]; one channel is repeated where mean has three.
-    Returns float32 logits [N, C]; with return_features also the head's input, float32 features [N, D].
+    Returns float32 logits [N, C]; with return_features also the head's input, float32 features [N, D] (float64 after
+    .double()).
     amp: the dtype that backbone and head are autocast to, or None.
     """
 
@@ -51,7 +52,9 @@ class Classifier(nn.Module):
         with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
             features = self.backbone((images - self.mean) / self.std)
             logits = self.head(features)
-        return (logits.float(), features.float()) if return_features else logits.float()
+        if self.amp is not None:
+            logits, features = logits.float(), features.float()
+        return (logits, features) if return_features else logits
 
 
 # ------------------------------------------------------------------------------------------ architectures
