@@ -64,7 +64,8 @@ class Batches:
         if classes is not None:
             pool = torch.nonzero(classes[self.split.labels]).flatten()
             rng = generator("cpu", self.seed, 2, step)
-            return pool[torch.randint(len(pool), (self.batch_size,), generator=rng)].to(self.labels.device)
+            index = pool[torch.randint(len(pool), (self.batch_size,), generator=rng)]
+            return index.to(self.labels.device, non_blocking=True)
         epoch, i = divmod(step, len(self))
         if self.order_of != epoch:
             rng = generator("cpu", self.seed, 0, epoch)

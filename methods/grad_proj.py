@@ -109,14 +109,14 @@ class Args:
 
 def preservation(logits, source_logits, seen, reference):
     """P >= 0 for logits [N, C], 0 where they are the source's or nothing is unseen: see the header."""
-    if seen.all():
-        return 0 * logits.sum()
+    z = torch.stack([logits, source_logits])  # masks, not indices, which would wait for the device
     if reference == "gap":
-        gap, source_gap = (z[:, seen].mean() - z[:, ~seen].mean() for z in (logits, source_logits))
-        return (gap - source_gap).square()
-    lumped = (torch.cat([z[:, ~seen], z[:, seen].logsumexp(1, keepdim=True)], 1) for z in (logits, source_logits))
-    student, teacher = (F.log_softmax(z, 1) for z in lumped)
-    return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+        gap, source_gap = (z * (seen / seen.sum() - ~seen / (~seen).sum().clamp_min(1))).sum(2).mean(1)
+        kept = (gap - source_gap).square()
+    else:
+        lumped = torch.cat([z.masked_fill(seen, -1e4), z.masked_fill(~seen, -1e4).logsumexp(2, keepdim=True)], 2)
+        kept = F.kl_div(*lumped.log_softmax(2), reduction="batchmean", log_target=True)
+    return kept * (~seen).any()
 
 
 def remember(references, optimizer, trained, memory):

@@ -115,12 +115,12 @@ def cut_mix(images, rng):
 def distillation(logits, teacher_logits, seen, outcomes):
     """KL(teacher || student), mean over the batch, for logits [N, C] and seen bool [C]; outcomes as in Args.distill."""
     z = torch.stack([logits, teacher_logits]).log_softmax(2)
-    if outcomes == "unseen":
-        z = z[..., ~seen].log_softmax(2)
-    elif outcomes != "all":
-        z = torch.cat([z[..., ~seen], z[..., seen].logsumexp(2, keepdim=True)], 2)
+    share = z.masked_fill(~seen, -1e4).logsumexp(2, keepdim=True)  # z[..., seen] would wait for the device
+    if outcomes in ("unseen", "lumped"):
+        z = z.masked_fill(seen, -1e4)
+        z = z.log_softmax(2) if outcomes == "unseen" else torch.cat([z, share], 2)
     if outcomes == "mass":
-        student, teacher = z[..., -1].exp().mean(1)
+        student, teacher = share.exp().mean((1, 2))
         z = torch.stack([student, (teacher + seen.to(z).mean()) / 2])[:, None, None]
         z = torch.cat([1 - z, z], 2).clamp(1e-6, 1).log()
     return F.kl_div(z[0], z[1], reduction="batchmean", log_target=True)

@@ -179,7 +179,7 @@ if __name__ == "__main__":
             for step in range(run.steps, epoch * rounds // args.epochs * args.tau * args.copies):
                 kept = begin_step(model, optimizer, task.seen | args.oracle, args, step, local)
                 images, labels = batches(step, kept)
-                compared = {"subset": kept.to(device), "seen": seen, "all": seen | True}[args.ce]
+                compared = {"subset": kept.to(device, non_blocking=True), "seen": seen, "all": seen | True}[args.ce]
                 loss = F.cross_entropy(model(images).masked_fill(~compared, -torch.inf), labels)
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()

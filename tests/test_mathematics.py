@@ -231,6 +231,14 @@ def test_preservation_is_zero_at_the_source_and_feels_the_unseen_sink(reference)
     kept = preservation(sunk, logits, SEEN, reference)
     kept.backward()
     assert kept > 0.01 and (sunk.grad.sum(0)[~SEEN] < 0).all(), "raising the unseen logits lowers it"
+    if reference == "lumped":  # the same as ht_distill's
+        assert kept.item() == pytest.approx(loop_kl(sunk.detach(), logits, SEEN, "lumped"), abs=1e-6)
+    else:
+        gap, source_gap = (z[:, SEEN].mean() - z[:, ~SEEN].mean() for z in (sunk, logits))
+        assert kept.item() == pytest.approx((gap - source_gap).square().item(), abs=1e-6)
+    nothing = preservation(sunk, logits, SEEN | True, reference)
+    (gradient,) = torch.autograd.grad(nothing, sunk)
+    assert nothing == 0 and (gradient == 0).all()
 
 
 # ---------------------------------------------------------------- l2_sp
