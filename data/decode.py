@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import warnings
+import zlib
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -54,18 +55,20 @@ def square(image, size):
 
 def decode_chunk(paths, size, file, offset):
     """Write the images of `paths` one after another into the open binary `file` from byte `offset` on; an image that
-    cannot be read leaves its place empty. Returns {place in the chunk: reason}."""
-    bad = {}
+    cannot be read leaves its place empty. Returns {"bad": {place in the chunk: reason}, "sums": their checksums}."""
+    bad, sums = {}, [0] * len(paths)
     for i, path in enumerate(paths):
         try:
             pixels = read_image(path, size)
         except ValueError as error:
             bad[i] = str(error)
         else:
-            file.seek(offset + i * pixels.nbytes)
-            file.write(pixels.tobytes())
+            content = pixels.tobytes()
+            file.seek(offset + i * len(content))
+            file.write(content)
+            sums[i] = zlib.crc32(content)
     file.flush()
-    return bad
+    return {"bad": bad, "sums": sums}
 
 
 if __name__ == "__main__":
@@ -74,7 +77,7 @@ if __name__ == "__main__":
         for line in sys.stdin:
             job = json.loads(line)
             try:
-                answer = {"bad": decode_chunk(job["paths"], job["size"], output, job["offset"])}
+                answer = decode_chunk(job["paths"], job["size"], output, job["offset"])
             except OSError as error:  # a full disk
                 answer = {"error": str(error)}
             try:

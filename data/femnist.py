@@ -3,6 +3,8 @@
 import hashlib
 import json
 import string
+import zipfile
+import zlib
 from functools import lru_cache
 
 import numpy as np
@@ -60,8 +62,11 @@ def read(root):
             write_atomic(cache, lambda stream: np.savez(stream, **arrays))
         except OSError as error:
             raise InputError(f"--data-root {root.parent}: its folder .cache cannot be written ({error})") from error
-    with np.load(cache, allow_pickle=False) as file:
-        return dict(file)
+    try:
+        with np.load(cache, allow_pickle=False) as file:
+            return {name: file[name] for name in ("images", "labels", "writers", "test")}
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{cache}: not a whole file of the cache ({type(error).__name__}); delete it") from error
 
 
 def read_json(path):

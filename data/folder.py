@@ -69,13 +69,15 @@ def named(files, names, classes=None, test=None, group=None):
 def read_list(path, about):
     """[(file, id)] of a published list with lines "path/of/file.jpg id". Raises InputError, naming the line."""
     rows = []
-    for number, line in enumerate(Path(need(path, about)).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(Path(need(path, about)).read_text("utf-8", errors="replace").splitlines(), 1):
         file, _, label = line.strip().rpartition(" ")
         if not line.strip():
             continue
-        if not label.isdigit() or file.count("/") != 2:
+        if not (label.isascii() and label.isdecimal()) or file.count("/") != 2:
             raise InputError(f"{path}, line {number}: {line!r}, not DOMAIN/CLASS/FILE and a number")
         rows.append((file, int(label)))
+    if not rows:
+        raise InputError(f"{path}: lists no image")
     return rows
 
 

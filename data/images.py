@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,11 +28,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from eval import InputError, write_text
+from eval import InputError, write_atomic, write_text
 
 from . import decode
 
-CACHE_VERSION = 1  # raise it when read_image gives other pixels for the same file
+CACHE_VERSION = 2  # raise it when read_image gives other pixels for the same file, or what is kept changes
 CHUNK = 32  # images that a worker decodes at a time; with another number here, raise CACHE_VERSION
 SMALL = 4 * CHUNK  # up to so many are decoded in this process: workers would take longer to start
 SAVE_EVERY = 20.0  # seconds between two points from which a build that was killed goes on
@@ -41,11 +42,12 @@ class Images:
     """uint8 images [N, 3, S, S] that stay in the cache file until they are asked for.
 
     images[index] for an int64 tensor, a slice or an int gives a uint8 tensor, channels-last; len, shape and
-    split(n) are those of a tensor; subset(index) are the images of an int64 array, still in the file.
+    split(n) are those of a tensor; subset(index) are the images of an int64 array, still in the file. sums: {row in
+    the file: checksum}, against which an image is held when it is first read; another one is an InputError.
     """
 
-    def __init__(self, pixels, index, key):
-        self.pixels, self.index, self.key = pixels, index, key
+    def __init__(self, pixels, index, key, sums=None):
+        self.pixels, self.index, self.key, self.sums = pixels, index, key, {} if sums is None else sums
 
     def __len__(self):
         return len(self.index)
@@ -57,11 +59,15 @@ class Images:
     def __getitem__(self, index):
         if isinstance(index, torch.Tensor):
             index = index.numpy()
-        batch = np.asarray(self.pixels)[self.index[index]]
-        batch = torch.from_numpy(batch if batch.flags.owndata else batch.copy())
+        rows = np.atleast_1d(self.index[index])
+        batch = np.asarray(self.pixels)[rows]
+        for row, image in zip(rows.tolist(), batch, strict=True):
+            if self.sums.pop(row, None) not in (None, zlib.crc32(image)):
+                raise InputError(f"{self.pixels.filename}: image {row} is not as it was written; delete the file")
         if hasattr(mmap, "MADV_DONTNEED"):  # give the mapped pages back: they stay in the system's cache, not in ours
             self.pixels.base.madvise(mmap.MADV_DONTNEED)
-        return batch.movedim(-1, -3)
+        batch = torch.from_numpy(batch).movedim(3, 1)
+        return batch if np.ndim(self.index[index]) else batch[0]
 
     def split(self, size):
         """The images in order, `size` at a time; a thread reads the next ones while some are used."""
@@ -73,7 +79,7 @@ class Images:
                 yield images
 
     def subset(self, index):
-        return Images(self.pixels, self.index[index], self.key)
+        return Images(self.pixels, self.index[index], self.key, self.sums)
 
     def fingerprint(self):
         """Bytes that differ where the images do."""
@@ -87,7 +93,7 @@ def list_key(root, files, size):
         try:
             stat = os.stat(os.path.join(root, name))
             line = f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n"
-        except OSError:
+        except (OSError, ValueError):  # or no name that a file can have
             missing.append(i)
             line = f"{name}\0missing\n"
         digest.update(os.fsencode(line))
@@ -130,13 +136,20 @@ def open_images(name, root, files, size, cache, skip_bad=False):
     good = np.setdiff1d(np.arange(len(files)), list(bad))
     if not len(good):
         raise InputError(f"{root}: none of the {len(files)} images of {name} can be read, see {report}")
+    pixels = read_array(path, (len(files), size, size, 3), np.uint8, mmap_mode="r")
+    sums = read_array(path.with_suffix(".sums.npy"), (len(files),), np.uint32)
+    return Images(pixels, good, key, dict(enumerate(sums.tolist()))), good
+
+
+def read_array(path, shape, kind, **how):
+    """np.load. Raises InputError, naming the file, if it does not hold such an array."""
     try:
-        pixels = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a readable cache file ({error}); delete it") from error
-    if pixels.shape != (len(files), size, size, 3) or pixels.dtype != np.uint8:
-        raise InputError(f"{path}: holds {pixels.dtype} {pixels.shape}, not these images; delete it")
-    return Images(pixels, good, key), good
+        array = np.load(path, allow_pickle=False, **how)
+        if array.shape != shape or array.dtype != kind:
+            raise ValueError(f"holds {array.dtype} {array.shape}, not {shape}")
+    except Exception as error:  # numpy reads the header with a tokenizer of Python, which has errors of its own
+        raise InputError(f"{path}: not a whole file of the cache ({error}); delete it and its .npy") from error
+    return array
 
 
 def printable(name):
@@ -174,7 +187,7 @@ def build(path, report, root, files, size):
         fcntl.flock(file, fcntl.LOCK_EX)
         if path.exists():
             return
-        done, bad = read_saved(saved) if os.fstat(file.fileno()).st_size == total else (set(), {})
+        done = read_saved(saved) if os.fstat(file.fileno()).st_size == total else {}
         if not done:
             saved.unlink(missing_ok=True)
             file.write(header.getvalue())
@@ -194,17 +207,21 @@ def build(path, report, root, files, size):
         fresh, clock = {}, time.monotonic()
         before, name = len(files) - sum(len(job["paths"]) for job in jobs), path.name.rsplit("-", 2)[0]
         with tqdm(total=len(files), initial=before, desc=f"decoding {name}", unit="image") as bar:
-            for job, reasons in decoded(part, jobs):
-                fresh[job["start"]] = {job["start"] + int(i): why for i, why in reasons.items()}
+            for job, answer in decoded(part, jobs):
+                fresh[job["start"]] = answer
                 bar.update(len(job["paths"]))
                 if time.monotonic() > clock + SAVE_EVERY:
                     os.fsync(file.fileno())  # first the pixels, then the line that says they are there
                     with open(saved, "a") as stream:
                         stream.write(json.dumps(fresh) + "\n")
-                    bad |= {i: why for reasons in fresh.values() for i, why in reasons.items()}
+                    done |= fresh
                     fresh, clock = {}, time.monotonic()
         os.fsync(file.fileno())
-        bad |= {i: why for reasons in fresh.values() for i, why in reasons.items()}
+        bad, sums = {}, np.zeros(len(files), np.uint32)
+        for start, answer in (done | fresh).items():
+            bad |= {start + int(i): why for i, why in answer["bad"].items()}
+            sums[start : start + len(answer["sums"])] = answer["sums"]
+        write_atomic(path.with_suffix(".sums.npy"), lambda stream: np.save(stream, sums))
         if bad:
             rows = (f"{i}\t{printable(files[i])}\t{printable(bad[i])}\n" for i in sorted(bad))
             write_text(report, "".join(rows))
@@ -213,29 +230,27 @@ def build(path, report, root, files, size):
 
 
 def read_saved(saved):
-    """(starts of the chunks that are done, {index of a bad file: reason}) of a build that was killed."""
-    done, bad = set(), {}
+    """{start of a chunk that is done: what decode_chunk said of it} of a build that was killed."""
+    done = {}
     for line in saved.read_text().splitlines() if saved.exists() else ():
         try:
             chunks = json.loads(line)
         except ValueError:  # the last line of a build that was killed may be cut
             break
-        for start, reasons in chunks.items():
-            done.add(int(start))
-            bad |= {int(i): why for i, why in reasons.items()}
-    return done, bad
+        done |= {int(start): answer for start, answer in chunks.items()}
+    return done
 
 
 def decoded(part, jobs):
-    """Yields (job, {place in the job's paths: reason}) as the jobs get done, in any order, by a process per core."""
+    """Yields (job, what decode_chunk says) as the jobs get done, in any order, by a process per core."""
     if sum(len(job["paths"]) for job in jobs) <= SMALL:
         with open(part, "r+b") as output:
             for job in jobs:
                 try:
-                    bad = decode.decode_chunk(job["paths"], job["size"], output, job["offset"])
+                    answer = decode.decode_chunk(job["paths"], job["size"], output, job["offset"])
                 except OSError as error:
                     raise InputError(f"{part}: cannot be written ({error})") from error
-                yield job, bad
+                yield job, answer
         return
     waiting, results = queue.SimpleQueue(), queue.SimpleQueue()
     for job in jobs:
@@ -272,7 +287,7 @@ def decoded(part, jobs):
                 raise InputError(
                     f"decoding stopped ({answer['error']}) at one of the {len(job['paths'])} files {names}"
                 )
-            yield job, answer["bad"]
+            yield job, answer
     finally:
         for worker in workers:
             worker.kill()

@@ -29,7 +29,11 @@ def read(root):
     rows, categories = read_csv(home(root) / "metadata.csv"), read_csv(home(root) / "categories.csv")
     try:
         names = {int(row["y"]): row["name"] for row in categories if int(row["y"]) != 99999}  # 99999: not in this set
-        for row in rows:
+        if not rows or not all(name and name.isprintable() for name in names.values()):
+            raise ValueError(f"no image, or one of the names {', '.join(map(repr, list(names.values())[:5]))} ...")
+        for number, row in enumerate(rows, 2):
+            if None in row or None in row.values():
+                raise ValueError(f"line {number} of metadata.csv has too few or too many fields")
             if row["split"] not in ("train", "val", "test", "id_val", "id_test"):
                 raise ValueError(f"split {row['split']!r}")
             row["y"], row["file"] = int(row["y"]), f"train/{row['filename']}"
@@ -45,8 +49,11 @@ def read(root):
 
 
 def read_csv(path):
-    with open(need(path, ABOUT), newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    try:
+        with open(need(path, ABOUT), newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file, strict=True))
+    except (ValueError, csv.Error) as error:
+        raise InputError(f"{path}: not a CSV file in UTF-8 ({error})") from error
 
 
 def domains(root):
@@ -60,6 +67,10 @@ def domains(root):
             kinds.setdefault(row["place"], set()).add(row["y"])
             sequences.setdefault(row["place"], set()).add(row["sequence"])
     able = [place for place, _ in images.most_common() if len(kinds[place]) > 1 and len(sequences[place]) > 1]
+    if not able:
+        raise InputError(
+            f"{home(root)}/metadata.csv: no camera of the splits val and test has two classes and sequences"
+        )
     return ("train", *able[:TARGETS])
 
 

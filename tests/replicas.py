@@ -3,6 +3,7 @@
 import csv
 import json
 import pickle
+import uuid
 
 import numpy as np
 from PIL import Image
@@ -103,7 +104,7 @@ def iwildcam(root):
         for sequence in range(12):
             for frame in range(3):
                 label = list(kinds)[sequence % len(kinds)]
-                file = f"{camera}-{sequence}-{frame}.jpg"
+                file = f"{uuid.uuid5(uuid.NAMESPACE_URL, f'{camera}-{sequence}-{frame}')}.jpg"
                 photo(base / "train" / file, label, len(rows))
                 own = "id_test" if split == "train" and sequence == 11 else split
                 sequence_id = 100 * camera + sequence
