@@ -6,9 +6,12 @@
 Every cell of the grid is the plain command of a script (--print-commands shows them), so cells can run anywhere.
 """
 
+import contextlib
 import itertools
 import json
 import os
+import platform
+import re
 import runpy
 import shlex
 import subprocess
@@ -17,7 +20,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Literal
 
 import numpy as np
@@ -25,6 +28,9 @@ import torch
 import torch.nn.functional as F
 import tyro
 from scipy import stats
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
@@ -386,37 +392,118 @@ def draw(task, methods, folder):
 
 @dataclass
 class Speed:
-    """What a training step of every method costs, as a ratio to naive_ft's, and how much faster lp_ft's probe is than
-    head updates through the network. All in one run, in turns: bare times of a busy machine say little."""
+    """What a training step of every method costs, and how methods/naive_ft.py stands against the loop everybody writes
+    (results/speed/plain_loop.py) and the device's own limits. All in one run, in turns, as ratios: bare times of a busy
+    machine say little."""
 
     methods: tuple[str, ...] = tuple(method for method in METHODS if method != "naive_ft")
     """scripts by name, each with flags of its own if quoted"""
     rounds: int = 5
     """how often everything is measured; the medians count"""
     steps: int = 60
-    """training steps per measurement, after a first epoch of as many that does not count"""
-    flags: str = ""
-    """flags for every run, with an equals sign: --flags="--arch resnet50 --device cuda" """
+    """training steps of the small CNN per measurement, after a first epoch of as many that does not count"""
+    archs: tuple[str, ...] = ("resnet50",)
+    """networks for photographs"""
+    photos: int = 160
+    """training images of 300x300 pixels, drawn; half as many to test on"""
+    photo_steps: int = 6
+    """training steps on them per measurement, after a first epoch of as many that does not count"""
+    batch_size: int = 32
+    """photographs per step"""
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    """of all measurements"""
     format: Literal["md", "csv", "json"] = "md"
     """of the table"""
+    out: Path = Path("results/speed")
+    """folder for the table, as <device>.md and <device>.json"""
 
 
-def seconds_per_step(method, options, folder):
-    """One measurement of a method, from its own log, as a plain run of its script in `folder`."""
+def row_of(what, ours, plain=None, invert=False):
+    """A row of the table from the figures of all rounds: medians, and the median, least and largest of the ratios of
+    ours to the plain loop's (invert: of the plain loop's to ours)."""
+    ratios = [] if plain is None else [b / a if invert else a / b for a, b in zip(ours, plain, strict=True)]
+    row = {"what": what, "ours": float(np.median(ours)), "plain loop": None if plain is None else np.median(plain)}
+    of_ratios = zip(("ratio", "least", "largest"), (np.median, min, max), strict=True)
+    return {**row, **{name: float(of(ratios)) if ratios else None for name, of in of_ratios}}
+
+
+def timed(words, threads):
+    """Run a command: (lines of its standard output, seconds, peak memory of its own process in MB, 0 where
+    there is no /proc)."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    with TemporaryFile("w+") as output, TemporaryFile("w+") as errors:
+        start = time.perf_counter()
+        child = subprocess.Popen([sys.executable, *map(str, words)], stdout=output, stderr=errors, env=environment)
+        memory = 0.0
+        while child.poll() is None:  # its resource usage would say no less than what this process once had
+            with contextlib.suppress(OSError):
+                status = Path(f"/proc/{child.pid}/status").read_text()
+                memory = max([memory, *(int(kb) * 1.024e-3 for kb in re.findall(r"VmHWM:\s*(\d+)", status))])
+            time.sleep(0.02)
+        seconds = time.perf_counter() - start
+        for stream in (output, errors):
+            stream.seek(0)
+        if child.returncode:
+            raise InputError(f"{shlex.join(map(str, words))}: {errors.read().strip().splitlines()[-1:]}")
+        return output.read().splitlines(), seconds, memory
+
+
+def run_method(method, folder, flags):
+    """A plain run of a script in `folder`: (its log, its done.json, seconds, peak memory in MB)."""
     name, *own = shlex.split(method)
-    words = ["python", f"methods/{name}.py", "--epochs", "2", "--steps-per-epoch", str(options.steps), "--overwrite"]
-    words += ["--no-save-model", "--runs-dir", str(folder), *own, *shlex.split(options.flags)]
-    code, message = run_cell(words, torch.get_num_threads())
-    if code:
-        raise InputError(f"{shlex.join(words)}\n    exit code {code}: {message}")
+    words = [HERE / "methods" / f"{name}.py", "--overwrite", "--no-save-model", "--runs-dir", folder, *own, *flags]
+    _, seconds, memory = timed(words, torch.get_num_threads())
     done = max(Path(folder).rglob("done.json"), key=lambda path: path.stat().st_mtime_ns)
-    speeds = [line["images_per_second"] for line in read_lines(done.with_name("log.jsonl"))]
-    return read_json(done)["args"]["batch_size"] / [speed for speed in speeds if speed is not None][-1]
+    return read_lines(done.with_name("log.jsonl")), read_json(done), seconds, memory
 
 
-def probe_ratio(steps, batch_size=64):
-    """How many times as fast lp_ft's probe on stored features is as the same head updates through the network, of which
-    only the head has gradients; on the default task, on a CPU."""
+def draw_photos(folder, count, side=300, classes=10):
+    """folder/DOMAIN/PART/CLASS/*.jpg for the data set `folder`: two domains of smooth random pictures; of the target,
+    `count` images to train on and half as many to test on."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for part, n in (("a/train", 2 * classes), ("a/test", classes), ("b/train", count), ("b/test", count // 2)):
+        for i in range(n):
+            small = rng.integers(0, 256, (side // 6, side // 6, 3), dtype=np.uint8)
+            path = Path(folder, part, f"class{i % classes}", f"{i:05d}.jpg")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC).save(path, quality=90)
+
+
+def draw_digits(folder):
+    """The default task's images as the plain loop takes them: folder/{train,test}/DIGIT/*.png."""
+    from PIL import Image
+
+    task = data.load_task("digits")
+    for part, split in (("train", task.target_train), ("test", task.target_test)):
+        for i, (image, label) in enumerate(zip(split.images.numpy(), split.labels.tolist(), strict=True)):
+            path = Path(folder, part, task.classes[label], f"{i:05d}.png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image[0]).save(path)
+    return task
+
+
+def step_costs(options, folder):
+    """Rows: a step of every method as a ratio to naive_ft's, and lp_ft's probe as one to head updates."""
+    flags = ["--epochs", "2", "--steps-per-epoch", options.steps, "--device", options.device]
+
+    def seconds_per_step(method):
+        log, done, _, _ = run_method(method, folder, flags)
+        return done["args"]["batch_size"] / [line["images_per_second"] for line in log if line["step"]][-1]
+
+    seconds = {method: [] for method in ("naive_ft", *options.methods)}
+    for _ in tqdm(range(options.rounds), "steps of all methods", unit="round"):
+        for method, measured in seconds.items():
+            measured.append(1e3 * seconds_per_step(method))
+    rows = [row_of(f"{m}: step, ms; naive_ft's", seconds[m], seconds["naive_ft"]) for m in options.methods]
+    probes = zip(*[probe_seconds(300) for _ in range(options.rounds)], strict=True)
+    return [*rows, row_of("lp_ft: 300 steps of the probe, s; of the head through the network", *probes, invert=True)]
+
+
+def probe_seconds(steps, batch_size=64):
+    """Seconds of lp_ft's probe on stored features and of the same head updates through the network, of which only the
+    head has gradients; on the default task, on a CPU."""
     task = data.load_task("digits")
     fit_head = runpy.run_path(str(HERE / "methods" / "lp_ft.py"))["fit_head"]
     model = models.build("small_cnn", len(task.classes), task.target_train.images.shape[1:])
@@ -435,24 +522,151 @@ def probe_ratio(steps, batch_size=64):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return (time.perf_counter() - middle) / (middle - start)
+    return middle - start, time.perf_counter() - middle
+
+
+def whole_runs(options, folder):
+    """Row: a run of naive_ft on the default task, from the command to its end, and the plain loop's."""
+    task = draw_digits(Path(folder) / "digits_as_files")
+    recipe = task.recipe
+    plain = [HERE / "results/speed/plain_loop.py", *(Path(folder) / "digits_as_files" / p for p in ("train", "test"))]
+    plain += ["--arch", recipe["arch"], "--augmentation", "ink", "--image-size", 28, "--bn-mode", "eval"]
+    plain += ["--classes", len(task.classes), "--batch-size", recipe["batch_size"], "--device", options.device]
+    plain += ["--epochs", recipe["epochs"], "--steps-per-epoch", recipe["steps_per_epoch"], "--lr", recipe["lr"]]
+    run_method("naive_ft", folder, ["--device", options.device])  # from here on the source model is in the cache
+    ours, theirs = [], []
+    for _ in tqdm(range(options.rounds), "whole runs on digits", unit="round"):
+        ours.append(run_method("naive_ft", folder, ["--device", options.device])[2])
+        theirs.append(timed(plain, torch.get_num_threads())[1])
+    return [row_of("digits, small CNN: whole run, s", ours, theirs, invert=True)]
+
+
+def photographs(arch, options, folder):
+    """Rows: training and evaluation on JPEG files by naive_ft and by the plain loop, peak memory, and what of a step is
+    data and of the device's limits is reached."""
+    root = Path(folder) / "photos"
+    if not root.exists():
+        draw_photos(root, options.photos)
+        draw_photos(Path(folder) / "more_photos", 10 * options.photos)
+    source = Path(folder) / f"{arch}.pt"
+    torch.save(models.build(arch, 10, (3, 224, 224), "none").state_dict(), source)
+    common = ["--arch", arch, "--batch-size", options.batch_size, "--device", options.device, "--bn-mode", "train"]
+    length = ["--epochs", 2, "--steps-per-epoch", options.photo_steps]
+    flags = ["--dataset", "folder", "--seen-classes", 5, "--oracle", "--source-checkpoint", source, *common]
+    plain = [HERE / "results/speed/plain_loop.py", root / "b/train", root / "b/test", *common, *length]
+    run_method("naive_ft", folder, ["--data-root", root, *flags, "--epochs", 1, "--steps-per-epoch", 1])  # the cache
+    figures = {name: ([], []) for name in ("train", "test", "memory")}
+    for _ in tqdm(range(options.rounds), f"{arch} on photographs", unit="round"):
+        log, _, _, memory = run_method("naive_ft", folder, ["--data-root", root, *flags, *length])
+        theirs, _, their_memory = timed(plain, torch.get_num_threads())
+        last = json.loads(theirs[-1])
+        for name, ours_now, theirs_now in (
+            ("train", log[-1]["images_per_second"], last["train_images"] / last["train_seconds"]),
+            ("test", log[-1]["test_images_per_second"], last["test_images"] / last["test_seconds"]),
+            ("memory", memory, their_memory),
+        ):
+            figures[name][0].append(ours_now)
+            figures[name][1].append(theirs_now)
+    short = ["--epochs", 1, "--steps-per-epoch", 2]
+    few, many = (
+        run_method("naive_ft", folder, ["--data-root", Path(folder) / where, *flags, *short])[3]
+        for where in ("photos", "more_photos")
+    )
+    what = f"{arch}, {options.batch_size} JPEGs of 300 px"
+    return [
+        row_of(f"{what}: training, images/s, data included", *figures["train"]),
+        row_of(f"{what}: evaluation, images/s", *figures["test"]),
+        row_of(f"{what}: peak memory of the process, MB (without workers)", *figures["memory"]),
+        row_of(f"{what}: peak memory with {10 * options.photos} images, MB; with {options.photos}", [many], [few]),
+        *limits(arch, root, options),
+    ]
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations take and give: what would cross the memory bus without caches."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
+            self.bytes += sum(x.numel() * x.element_size() for x in {id(x): x for x in tensors}.values())
+        return result
+
+
+def limits(arch, root, options):
+    """Rows: data's share of a step, and the shares of the device's matrix throughput and memory bandwidth that a step
+    reaches, both measured here: the throughput by one large product, the bandwidth by one large copy."""
+    device, amp = models.device_and_amp(options.device, "auto")
+    task = data.load_task("folder", seen_classes="5", oracle=True, data_root=str(root))
+    batches = task.target_train.batches(options.batch_size, device, 0)
+    model = models.build(arch, 10, (3, 224, 224), "none").to(device, memory_format=torch.channels_last).train()
+    model.amp = amp
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4)
+
+    def seconds(do, *args):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        result = do(*args)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start, result
+
+    def update(images, labels):
+        loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+
+    with FlopCounterMode(display=False) as flops, Traffic() as traffic:
+        update(*batches(0))
+    side, size = (8192, 2**30) if device.type == "cuda" else (2048, 2**28)
+    a, b = torch.rand(2, side, side, device=device, dtype=amp or torch.float32)
+    block = torch.empty(size, dtype=torch.uint8, device=device)
+    throughput = 2 * side**3 / min(seconds(torch.mm, a, b)[0] for _ in range(5))
+    bandwidth = 2 * size / min(seconds(block.clone)[0] for _ in range(5))
+    shares = []
+    for step in range(1, options.rounds + 1):
+        reading, batch = seconds(batches, step)
+        whole = reading + seconds(update, *batch)[0]
+        shares.append(
+            (reading / whole, flops.get_total_flops() / whole / throughput, traffic.bytes / whole / bandwidth)
+        )
+    data_share, of_throughput, of_bandwidth = (100 * np.array(column) for column in zip(*shares, strict=True))
+    rows = [
+        row_of(f"{arch}: data (reading, augmentation), % of a step", data_share),
+        row_of(f"{arch}: of {throughput / 1e12:.3g} TFLOP/s in a matrix product, %", of_throughput),
+        row_of(
+            f"{arch}: of {bandwidth / 1e9:.3g} GB/s in a copy, % (all tensors in and out; caches help)", of_bandwidth
+        ),
+    ]
+    if device.type == "cuda":
+        rows.append(row_of(f"{arch}: peak device memory, MB", [torch.cuda.max_memory_allocated() / 1e6]))
+    return rows
 
 
 def measure_speed(options):
-    ratios = {method: [] for method in options.methods}
+    """Prints the table and writes it to options.out."""
     with TemporaryDirectory() as folder:
-        for _ in tqdm(range(options.rounds), unit="round"):
-            reference = seconds_per_step("naive_ft", options, folder)
-            for method in options.methods:
-                ratios[method].append(seconds_per_step(method, options, folder) / reference)
-    rows = [
-        {"method": method, "ratio": float(np.median(r)), "least": min(r), "largest": max(r)}
-        for method, r in ratios.items()
-    ]
-    probe = [probe_ratio(300) for _ in range(options.rounds)]
-    name = "head updates through the network / lp_ft's probe"
-    rows.append({"method": name, "ratio": float(np.median(probe)), "least": min(probe), "largest": max(probe)})
+        rows = step_costs(options, folder) + whole_runs(options, folder)
+        for arch in options.archs:
+            rows += photographs(arch, options, folder)
+    where = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()
+    about = f"{options.rounds} rounds in turns on {options.device} ({where}), {torch.get_num_threads()} threads, torch "
+    about += f"{torch.__version__}; medians; least and largest are of the ratio over the rounds.\n"
+    if not torch.cuda.is_available():
+        about += "No GPU was found here: no figures of AMP, of a GPU's memory or of its limits.\n"
+    command = shlex.join(["python", "benchmark.py", *sys.argv[1:]])
+    text = f"# Speed\n\n```bash\n{command}\n```\n\n{about}\n{table(rows)}\n"
+    write_atomic(options.out / f"{options.device}.md", lambda stream: stream.write(text.encode()))
+    write_atomic(options.out / f"{options.device}.json", lambda stream: stream.write(table(rows, "json").encode()))
     print(table(rows, options.format))
+    print(about, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,64 @@
+"""benchmark.py speed: its arithmetic, and the plain loop that it compares with."""
+
+import json
+import runpy
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import benchmark
+
+
+def test_rows_are_medians_of_ratios_by_round():
+    row = benchmark.row_of("x", [2.0, 9.0, 3.0], [1.0, 3.0, 6.0])
+    assert row == {"what": "x", "ours": 3, "plain loop": 3, "ratio": 2, "least": 0.5, "largest": 3}
+    row = benchmark.row_of("x", [2.0, 9.0, 3.0], [1.0, 3.0, 6.0], invert=True)
+    assert (row["ratio"], row["least"], row["largest"]) == (0.5, pytest.approx(1 / 3), 2)
+    assert benchmark.row_of("x", [5.0]) == {
+        "what": "x", "ours": 5, "plain loop": None, "ratio": None, "least": None, "largest": None
+    }  # fmt: skip
+
+
+def test_traffic_is_every_tensor_in_and_out_once():
+    a, b = torch.zeros(3, 5), torch.zeros(5, 7)
+    with benchmark.Traffic() as traffic:
+        product = a @ b
+    assert traffic.bytes == 4 * (15 + 35 + 21)
+    with benchmark.Traffic() as traffic:
+        product.T.view(-1, 3)  # views move nothing
+    assert traffic.bytes == 0
+    with benchmark.Traffic() as traffic:
+        product.mul_(product)  # one tensor, though three times
+    assert traffic.bytes == 4 * 21
+
+
+def test_a_command_is_timed_and_its_failure_told():
+    lines, seconds, memory = benchmark.timed(
+        ["-c", "import time; print('a'); x = b'x' * 200_000_000; print(len(x)); time.sleep(0.2)"], 1
+    )
+    assert lines == ["a", "200000000"] and 0 < seconds < 60 and 200 < memory < 400
+    with pytest.raises(benchmark.InputError, match=r"-c .*boom.*: .*boom"):
+        benchmark.timed(["-c", "raise SystemExit('boom')"], 1)
+
+
+@pytest.mark.parametrize("augmentation, arch", [("photo", "resnet18"), ("ink", "small_cnn")])
+def test_the_plain_loop_trains_and_evaluates(augmentation, arch, tmp_path, monkeypatch, capsys):
+    benchmark.draw_photos(tmp_path, 20, side=28, classes=2)
+    argv = ["plain_loop.py", tmp_path / "b/train", tmp_path / "b/test", "--arch", arch, "--classes", 2, "--workers", 0]
+    argv += ["--image-size", 28, "--batch-size", 8, "--steps-per-epoch", 5, "--augmentation", augmentation]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in argv])
+    runpy.run_path(str(ROOT / "results" / "speed" / "plain_loop.py"), run_name="__main__")
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["epoch"] for line in lines] == [0, 1, 2] and all(line["test_images"] == 10 for line in lines)
+    assert lines[2]["train_images"] == 40 and 0 < lines[2]["data_seconds"] < lines[2]["train_seconds"]
+    assert 0 <= lines[2]["test"] <= 100
+
+
+def test_photographs_are_drawn_in_the_layout_of_folder(tmp_path):
+    benchmark.draw_photos(tmp_path, 20, side=60, classes=2)
+    names = {str(path.relative_to(tmp_path).parent): 0 for path in tmp_path.rglob("*.jpg")}
+    assert set(names) == {f"{part}/class{c}" for part in ("a/train", "a/test", "b/train", "b/test") for c in (0, 1)}
+    assert len(list((tmp_path / "b/train").rglob("*.jpg"))) == 20
+    assert len(list((tmp_path / "b/test").rglob("*.jpg"))) == 10
