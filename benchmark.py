@@ -490,7 +490,7 @@ def step_costs(options, folder):
 
     def seconds_per_step(method):
         log, done, _, _ = run_method(method, folder, flags)
-        return done["args"]["batch_size"] / [line["images_per_second"] for line in log if line["step"]][-1]
+        return done["args"]["batch_size"] / [line["images_per_second"] for line in log if line["images_per_second"]][-1]
 
     seconds = {method: [] for method in ("naive_ft", *options.methods)}
     for _ in tqdm(range(options.rounds), "steps of all methods", unit="round"):
