@@ -216,10 +216,10 @@ def pcv_gamma(splits):
 def predict(model, images, return_features=False, batch_size=None):
     """float32 logits [N, C] of a Classifier in eval mode for uint8 images [N, c, H, W], as a numpy array; with
     return_features also the float32 features [N, D]. Leaves every module in the mode it was in. batch_size None is 512,
-    on a CPU 64, which stay in its cache."""
+    on a CPU as many as stay in its cache, from 4 to 64: with ResNet-50 that is nearly twice as fast as 64."""
     was_training = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
-    batch_size = batch_size or (64 if device.type == "cpu" else 512)
+    batch_size = batch_size or (min(64, max(4, 600_000 // images.shape[1:].numel())) if device.type == "cpu" else 512)
     model.eval()
     parts = [model(x.to(device, memory_format=torch.channels_last), return_features) for x in images.split(batch_size)]
     for module, training in was_training.items():
