@@ -67,6 +67,11 @@ def unpack(archive, root, keep=lambda name: True):
                     if keep(name):
                         file.extract(name, hidden)  # compares checksums as it goes
         else:
+            if not hasattr(tarfile, "data_filter"):  # that keeps members inside the folder
+                raise InputError(
+                    f"--download: unpacking {archive} safely takes Python 3.10.12, 3.11.4 or a later one; take one of "
+                    f"these, or unpack it into {root} by hand and delete it"
+                )
             with tarfile.open(archive) as file:
                 for member in tqdm(file, desc=f"unpacking {archive.name}"):
                     if keep(member.name):
