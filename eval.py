@@ -216,7 +216,7 @@ def pcv_gamma(splits):
 def predict(model, images, return_features=False, batch_size=None):
     """float32 logits [N, C] of a Classifier in eval mode for uint8 images [N, c, H, W], as a numpy array; with
     return_features also the float32 features [N, D]. Leaves every module in the mode it was in. batch_size None is 512,
-    on a CPU as many as stay in its cache, from 4 to 64: with ResNet-50 that is nearly twice as fast as 64."""
+    on a CPU as many as stay in its cache, from 4 to 64, the fewer the larger they are."""
     was_training = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
     batch_size = batch_size or (min(64, max(4, 600_000 // images.shape[1:].numel())) if device.type == "cpu" else 512)
@@ -632,8 +632,8 @@ class Run:
             print(f"{self.folder}\n{HEADER}")
         seconds, loss = time.perf_counter() - self.started, means.pop("loss", None)
         line = {"epoch": epoch, "step": self.steps, "loss": loss, **figures}
-        self.lines.append({**line, "images_per_second": speed, "test_images_per_second": test_speed})
-        self.lines[-1] |= {"seconds": seconds, **extras, **means}
+        line |= {"images_per_second": speed, "test_images_per_second": test_speed, "seconds": seconds}
+        self.lines.append({**line, **extras, **means})
         self.write_log()
         cells = number(loss, 9, 4) + "".join(number(figures[k], 8) for k in ("seen", "unseen", "overall"))
         more = "".join(f"  {k} {v:.4g}" for k, v in (extras | means).items() if isinstance(v, float))
@@ -703,13 +703,13 @@ def result_table(done):
 ARRAYS = ("test_logits", "source_test_logits", "test_labels", "train_logits", "train_labels", "seen", "classes")
 
 
-def read_arrays(path):
-    """The arrays of a logits.npz, in the order of ARRAYS. Raises InputError, naming the file."""
+def read_arrays(path, names=ARRAYS, what="the complete logits.npz of a run"):
+    """The arrays of these names of an npz file, in their order. Raises InputError: the file is not `what`."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            return [file[name] for name in ARRAYS]
+            return [file[name] for name in names]
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path}: not the complete logits.npz of a run ({type(error).__name__}: {error})") from error
+        raise InputError(f"{path}: not {what} ({type(error).__name__}: {error})") from error
 
 
 def pseudo_splits(folder):

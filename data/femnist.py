@@ -3,14 +3,12 @@
 import hashlib
 import json
 import string
-import zipfile
-import zlib
 from functools import lru_cache
 
 import numpy as np
 from tqdm import tqdm
 
-from eval import InputError, write_atomic
+from eval import InputError, read_arrays, write_atomic
 
 from .digits import INK, SMALL_RECIPE, SMALL_SOURCE
 from .folder import Domain, need
@@ -62,11 +60,8 @@ def read(root):
             write_atomic(cache, lambda stream: np.savez(stream, **arrays))
         except OSError as error:
             raise InputError(f"--data-root {root.parent}: its folder .cache cannot be written ({error})") from error
-    try:
-        with np.load(cache, allow_pickle=False) as file:
-            return {name: file[name] for name in ("images", "labels", "writers", "test")}
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{cache}: not a whole file of the cache ({type(error).__name__}); delete it") from error
+    names = ("images", "labels", "writers", "test")
+    return dict(zip(names, read_arrays(cache, names, "a whole file of the cache, so delete it"), strict=True))
 
 
 def read_json(path):
