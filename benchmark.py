@@ -421,10 +421,13 @@ class Speed:
 def row_of(what, ours, plain=None, invert=False):
     """A row of the table from the figures of all rounds: medians, and the median, least and largest of the ratios of
     ours to the plain loop's (invert: of the plain loop's to ours)."""
-    ratios = [] if plain is None else [b / a if invert else a / b for a, b in zip(ours, plain, strict=True)]
-    row = {"what": what, "ours": float(np.median(ours)), "plain loop": None if plain is None else np.median(plain)}
-    of_ratios = zip(("ratio", "least", "largest"), (np.median, min, max), strict=True)
-    return {**row, **{name: float(of(ratios)) if ratios else None for name, of in of_ratios}}
+    ratios = None if plain is None else [b / a if invert else a / b for a, b in zip(ours, plain, strict=True)]
+    columns = {"ours": (ours, np.median), "plain loop": (plain, np.median)}
+    columns |= {"ratio": (ratios, np.median), "least": (ratios, min), "largest": (ratios, max)}
+    return {
+        "what": what,
+        **{name: None if figures is None else float(of(figures)) for name, (figures, of) in columns.items()},
+    }
 
 
 def timed(words, threads):
