@@ -603,7 +603,7 @@ class Traffic(TorchDispatchMode):
 def limits(arch, root, options):
     """Rows: data's share of a step, and the shares of the device's matrix throughput and memory bandwidth that a step
     reaches, both measured here: the throughput by one large product, the bandwidth by one large copy."""
-    device, amp = models.device_and_amp(options.device, "auto")
+    device, amp = models.device_and_amp(options.device, "auto", arch)
     task = data.load_task("folder", seen_classes="5", oracle=True, data_root=str(root))
     batches = task.target_train.batches(options.batch_size, device, 0)
     model = models.build(arch, 10, (3, 224, 224), "none").to(device, memory_format=torch.channels_last).train()

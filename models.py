@@ -4,6 +4,8 @@ model = source_model(task, "small_cnn", device="cpu")           # trained once, 
 logits, features = model(images, return_features=True)
 """
 
+import contextlib
+import ctypes
 import hashlib
 import importlib
 import json
@@ -215,10 +217,12 @@ def batchnorms(model):
 # ------------------------------------------------------------------------------------------ device and files
 
 
-def device_and_amp(device, amp):
-    """(torch.device, autocast dtype or None) for --device auto|cpu|cuda|cuda:N|mps and --amp auto|bfloat16|float16|off.
+def device_and_amp(device, amp, arch):
+    """(torch.device, autocast dtype or None) for --device auto|cpu|cuda|cuda:N|mps, --amp auto|bfloat16|float16|off and
+    the name of a network. Sets, for this process, what makes the device fast.
 
-    auto: CUDA where there is one; there bfloat16 where it is supported, else float16; float32 anywhere else.
+    auto: CUDA where there is one; there bfloat16 where it is supported, else float16. On a CPU bfloat16 where that
+    multiplies in it (AVX512-BF16 or AMX), but float32 for SMALL, which gain little. float32 anywhere else.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -226,11 +230,30 @@ def device_and_amp(device, amp):
         torch.zeros(1, device=device).item()  # the device meta holds no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"--device {device}: not available here ({str(error).splitlines()[0]})") from error
-    if amp == "auto" and torch.device(device).type == "cuda":
+    device = torch.device(device)
+    if amp == "auto" and device.type == "cuda":
         amp = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    elif amp == "auto" and device.type == "cpu" and arch not in SMALL and cpu_has_bfloat16():
+        amp = "bfloat16"
     torch.set_float32_matmul_precision("high")  # TF32 for what stays float32; no effect on a CPU
     torch.backends.cudnn.allow_tf32 = True
-    return torch.device(device), None if amp in ("auto", "off") else getattr(torch, amp)
+    keep_memory()
+    return device, None if amp in ("auto", "off") else getattr(torch, amp)
+
+
+def cpu_has_bfloat16():
+    """Whether this CPU has instructions that multiply in bfloat16; False where this torch is too old to say."""
+    can = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
+
+
+def keep_memory():
+    """Ask glibc to keep the memory that a step frees for the next one, up to blocks of 32 MB: its default hands most of
+    it back to the system, which clears and maps it anew at every step. Elsewhere nothing happens."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD, from malloc.h
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
 
 
 def load_state(model, state, where):

@@ -71,7 +71,7 @@ class Args:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
     amp: Literal["auto", "bfloat16", "float16", "off"] = "auto"
-    """autocast dtype; auto: off on a CPU"""
+    """autocast dtype; auto: on a CPU only where it multiplies in bfloat16, and off for small networks"""
     compile: bool = False
     """torch.compile the model"""
     resident: Literal["auto", "on", "off"] = "auto"
@@ -138,9 +138,9 @@ def interpolate(source_model, model, a, batches=None):
 if __name__ == "__main__":
     args = tyro.cli(Args)
     with Run(__file__, args) as run:
-        device, amp = models.device_and_amp(args.device, args.amp)
         task = data.load_task(**{name: getattr(args, name) for name in data.TASK_FLAGS})
         args = run.open(task)
+        device, amp = models.device_and_amp(args.device, args.amp, args.arch)
         batches = task.target_train.batches(args.batch_size, device, args.seed, args.augment, args.resident)
         source_model = models.source_model(
             task, args.arch, device, amp, args.weights, args.source_checkpoint, args.source_seed, args.runs_dir

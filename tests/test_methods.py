@@ -39,16 +39,27 @@ def test_a_run_leaves_all_its_files(method, oracle, run_method, read, capsys):
     assert {key: log[0][key] for key in done["source"]} == done["source"]
     assert {key: log[-1][key] for key in done["final"]} == done["final"]
     assert [line["epoch"] for line in log] == list(range(len(log))) and log[0]["step"] == 0 and log[0]["loss"] is None
-    assert (
-        json.loads((folder / "args.json").read_text()) == done["args"]
-        and done["versions"]["torch"] == torch.__version__
-    )
+    assert json.loads((folder / "args.json").read_text()) == done["args"] and (
+        done["versions"]["torch"],
+        done["versions"]["amp"],
+    ) == (torch.__version__, None)
     # model.pt is a model that gives these logits
     saved = torch.load(folder / "model.pt", weights_only=True)
     assert saved["classes"] == list(arrays["classes"])
     names["model"].load_state_dict(saved["model"])
     assert np.array_equal(evaluation.predict(names["model"], names["task"].target_test.images), arrays["test_logits"])
     assert "source (epoch 0)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_run_in_bfloat16(method, run_method, read):
+    names, folder = run_method(method, "--amp", "bfloat16", "--name", f"{method}-bfloat16")
+    done, arrays, log = read(folder)
+    assert done["versions"]["amp"] == "torch.bfloat16"
+    assert {parameter.dtype for parameter in names["model"].parameters()} == {torch.float32}
+    assert all(line["loss"] is None or np.isfinite(line["loss"]) for line in log)
+    logits = arrays["source_test_logits"]  # the head was autocast
+    assert np.array_equal(logits, torch.from_numpy(logits).bfloat16().float().numpy())
 
 
 def test_a_pseudo_split_is_a_run_beside_the_run(run_method, read):

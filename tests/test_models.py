@@ -1,8 +1,12 @@
+import platform
+import subprocess
+import sys
 import urllib.error
 
 import pytest
 import torch
 import torchvision
+from conftest import ROOT
 from torch import nn
 
 import data
@@ -120,10 +124,45 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
 def test_device_without_one():
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="--device cuda: not available here"):
-            models.device_and_amp("cuda", "auto")
+            models.device_and_amp("cuda", "auto", "small_cnn")
     with pytest.raises(InputError, match="--device toaster"):
-        models.device_and_amp("toaster", "auto")
-    assert models.device_and_amp("cpu", "auto") == (torch.device("cpu"), None)
+        models.device_and_amp("toaster", "auto", "small_cnn")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("avx512_bf16", torch.bfloat16), ("amx_bf16", torch.bfloat16), ("avx2", None)]
+)
+def test_amp_on_a_cpu(name, dtype, monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {name: True}, raising=False)
+    assert models.device_and_amp("cpu", "auto", "resnet18") == (cpu, dtype)
+    assert models.device_and_amp("cpu", "auto", "small_cnn") == (cpu, None)
+    assert models.device_and_amp("cpu", "off", "resnet18") == (cpu, None)
+    assert models.device_and_amp("cpu", "bfloat16", "small_cnn") == (cpu, torch.bfloat16)
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert models.device_and_amp("cpu", "auto", "resnet18") == (cpu, None)
+
+
+FAULTS = """
+import resource, torch, models
+{}
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for i in range(2):
+    before = faults()
+    for _ in range(50):
+        kept = [torch.ones(1 << 20) for _ in range(4)]
+        del kept
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the memory allocator of glibc")
+def test_freed_memory_is_kept_for_the_next_step():
+    few, many = (
+        int(subprocess.check_output([sys.executable, "-c", FAULTS.format(line)], cwd=ROOT))
+        for line in ("models.keep_memory()", "")
+    )
+    assert few < 100 < 10_000 < many
 
 
 def test_amp_gives_float32_logits_and_features_in_its_precision():
