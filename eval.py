@@ -9,6 +9,7 @@ over all C candidate classes; where there is no image to average over they are N
 import contextlib
 import csv
 import dataclasses
+import gc
 import hashlib
 import io
 import json
@@ -479,6 +480,8 @@ class Run:
         self.origin, self.features = None, None
 
     def __enter__(self):
+        if not gc.get_freeze_count():
+            gc.freeze()  # no collection, the one at exit neither, goes through what the imports made
         SAVING.update(minutes=self.args.checkpoint_every, in_step=False, signal=0)
         for number in (signal.SIGINT, signal.SIGTERM):
             # nohup, or a shell's &, has said that the signal shall be ignored
@@ -631,9 +634,8 @@ class Run:
                 (self.folder / name).unlink(missing_ok=True)
             print(f"{self.folder}\n{HEADER}")
         seconds, loss = time.perf_counter() - self.started, means.pop("loss", None)
-        line = {"epoch": epoch, "step": self.steps, "loss": loss, **figures}
-        line |= {"images_per_second": speed, "test_images_per_second": test_speed, "seconds": seconds}
-        self.lines.append({**line, **extras, **means})
+        line = {"epoch": epoch, "step": self.steps, "loss": loss, **figures, "images_per_second": speed}
+        self.lines.append(line | {"test_images_per_second": test_speed, "seconds": seconds, **extras, **means})
         self.write_log()
         cells = number(loss, 9, 4) + "".join(number(figures[k], 8) for k in ("seen", "unseen", "overall"))
         more = "".join(f"  {k} {v:.4g}" for k, v in (extras | means).items() if isinstance(v, float))
@@ -643,34 +645,34 @@ class Run:
     def finish(self, model):
         """Save what `model`, the one evaluated last, is and predicts. With done.json, the last file, it is finished."""
         interruptible()
-        task = self.task
         arrays = {
             "test_logits": self.test_logits,
-            "test_labels": task.target_test.labels.numpy(),
-            "train_logits": predict(model, task.target_train.images),
-            "train_labels": task.target_train.labels.numpy(),
+            "test_labels": self.task.target_test.labels.numpy(),
+            "train_logits": predict(model, self.task.target_train.images),
+            "train_labels": self.task.target_train.labels.numpy(),
             "source_test_logits": self.source["test"].numpy(),
             "source_train_logits": self.source["train"].numpy(),
-            "seen": task.seen.numpy(),
-            "classes": np.array(task.classes),
+            "seen": self.task.seen.numpy(),
+            "classes": np.array(self.task.classes),
         }
         write_atomic(self.folder / "logits.npz", lambda stream: np.savez(stream, **arrays))
         if self.args.save_model:
-            content = {"model": model.state_dict(), "classes": task.classes, "arch": self.args.arch}
+            content = {"model": model.state_dict(), "classes": self.task.classes, "arch": self.args.arch}
             write_checkpoint(self.folder / "model.pt", content)
         final = accuracies(arrays["test_logits"], arrays["test_labels"], arrays["seen"])
         command = shlex.join(["python", f"methods/{Path(sys.argv[0]).name}", *sys.argv[1:]])
         done = {"source": self.source["figures"], "final": final, "args": self.record, "command": command}
-        done |= {"seconds": time.perf_counter() - self.started, "versions": versions(self.args.device)}
+        done |= {"seconds": time.perf_counter() - self.started, "versions": versions(self.args.device, model)}
         write_text(self.folder / "done.json", json.dumps(done, indent=2))
         (self.folder / "checkpoint.pt").unlink(missing_ok=True)
         print(result_table(done))
 
 
-def versions(device):
+def versions(device, model):
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and device != "cpu" else None
+    amp = next((str(module.amp) for module in model.modules() if getattr(module, "amp", None)), None)
     packages = {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
-    return {**packages, "machine": platform.machine(), "threads": torch.get_num_threads(), "gpu": gpu}
+    return {**packages, "machine": platform.machine(), "threads": torch.get_num_threads(), "gpu": gpu, "amp": amp}
 
 
 # ------------------------------------------------------------------------------------------ tables
