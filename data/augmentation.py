@@ -54,16 +54,17 @@ def crop_resize(images, top, left, height, width, flip):
 
 def shift_hue(images, turn):
     """The hue of [N, 3, H, W] in [0, 1] turned by turn [N, 1, 1], in turns of the colour circle of HSV."""
-    top, low = images.amax(1), images.amin(1)
     r, g, b = images.unbind(1)
+    top, low = r.maximum(g).maximum(b), r.minimum(g).minimum(b)
     spread = top - low
     safe = torch.where(spread == 0, 1, spread)
     hue = torch.where(top == r, (g - b) / safe, torch.where(top == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
     hue += 6 * turn  # in sixths of the circle
     turned = torch.empty_like(images)
-    for channel, n in enumerate((5, 3, 1)):  # the top less a trapezoid of the hue's distance to the channel
-        away = (n + hue) % 6
-        turned[:, channel] = top - spread * torch.minimum(away, 4 - away).clamp(0, 1)
+    for channel, at in enumerate((0, 2, 4)):  # the top less a trapezoid of the hue's distance to the channel's
+        away = (hue - at) / 6
+        away = (away - away.round()).abs_().mul_(6).sub_(1).clamp_(0, 1)
+        turned[:, channel] = top - spread * away
     return turned
 
 
@@ -76,7 +77,8 @@ def change_colours(images, brightness, contrast, saturation, hue, gray, order=(0
     """
 
     def blend(images, others, factor):
-        return torch.lerp(others, images, factor.view(-1, 1, 1, 1)).clamp(0, 1)
+        factor = factor.view(-1, 1, 1, 1)
+        return (factor * images + (1 - factor) * others).clamp_(0, 1)
 
     for which in order:
         if which == 0:
@@ -87,7 +89,7 @@ def change_colours(images, brightness, contrast, saturation, hue, gray, order=(0
             images = blend(images, to_gray(images), saturation)
         else:
             images = shift_hue(images, hue.view(-1, 1, 1))
-    return torch.where(gray.view(-1, 1, 1, 1), to_gray(images), images)
+    return blend(images, to_gray(images), 1 - gray.to(images.dtype))
 
 
 def random_photo(images, rng, crop=0.7, jitter=0.3, gray=0.1):
