@@ -172,9 +172,7 @@ if __name__ == "__main__":
                 layer.train(args.bn_mode == "train")
             for step in range(run.steps, epoch * args.steps_per_epoch):
                 images, labels = batches(step)
-                with torch.no_grad():
-                    source_logits = source_model(images)
-                logits = model(images)
+                source_logits, logits = batches.logits(source_model, images, step), model(images)
                 loss = F.cross_entropy(logits, labels)
                 kept = preservation(logits, source_logits, seen, args.reference)
                 gradients = torch.autograd.grad(scaler.scale(loss), trained, retain_graph=True)

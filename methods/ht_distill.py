@@ -182,7 +182,7 @@ if __name__ == "__main__":
                 loss = F.cross_entropy(logits[: len(images)], labels)
                 if args.distill_weight:
                     with torch.no_grad():
-                        teacher = source_model(cut if cut_images else images)
+                        teacher = source_model(cut) if cut_images else batches.logits(source_model, images, step)
                     loss += args.distill_weight * distillation(logits[-len(teacher) :], teacher, seen, args.distill)
                 if args.rank_weight:
                     loss += args.rank_weight * decorrelation(features[: len(images)])

@@ -283,3 +283,25 @@ def test_the_next_batch_is_read_while_one_is_trained_on(tmp_path):
         waited.append(time.perf_counter() - start)
         time.sleep(0.3)  # the step
     assert waited[0] >= 0.1 and max(waited[1:]) < 0.1 and len(read) == 4
+
+
+@pytest.mark.parametrize("resident", ["off", "on"])
+def test_logits_of_a_fixed_model_are_computed_once(resident):
+    calls, images = [], torch.randint(0, 256, (10, 1, 4, 4), dtype=torch.uint8)
+
+    class Model(torch.nn.Linear):
+        def forward(self, images, return_features=False):
+            calls.append(len(images))
+            return super().forward((images / 255 if images.dtype == torch.uint8 else images).flatten(1))
+
+    model, split = Model(16, 5), data.Split(images, torch.arange(10), {"degrees": 30.0})
+    for augment, want in ((True, [3] * 7), (False, [10])):
+        batches, given = split.batches(3, "cpu", 0, augment, resident), []
+        calls.clear()
+        for step in (0, 1, 2, 3, 4, 5, 1):  # more than one pass, and back
+            batch, _ = batches(step)
+            given.append((batch, batches.logits(model, batch, step)))
+        assert calls == want
+        for batch, logits in given:
+            torch.testing.assert_close(logits, model(batch))
+            assert not logits.requires_grad
