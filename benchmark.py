@@ -558,28 +558,30 @@ def photographs(arch, options, folder):
     flags = ["--dataset", "folder", "--seen-classes", 5, "--oracle", "--source-checkpoint", source, *common]
     plain = [HERE / "results/speed/plain_loop.py", root / "b/train", root / "b/test", *common, *length]
     run_method("naive_ft", folder, ["--data-root", root, *flags, "--epochs", 1, "--steps-per-epoch", 1])  # the cache
-    figures = {name: ([], []) for name in ("train", "test", "memory")}
+    amp = models.device_and_amp(options.device, "auto", arch)[1]
+    dtypes = {"auto": amp, "off": torch.float32} if amp else {"auto": torch.float32}
+    what, figures = f"{arch}, {options.batch_size} JPEGs of 300 px", {}
     for _ in tqdm(range(options.rounds), f"{arch} on photographs", unit="round"):
-        log, _, _, memory = run_method("naive_ft", folder, ["--data-root", root, *flags, *length])
         theirs, _, their_memory = timed(plain, torch.get_num_threads())
         last = json.loads(theirs[-1])
-        for name, ours_now, theirs_now in (
-            ("train", log[-1]["images_per_second"], last["train_images"] / last["train_seconds"]),
-            ("test", log[-1]["test_images_per_second"], last["test_images"] / last["test_seconds"]),
-            ("memory", memory, their_memory),
-        ):
-            figures[name][0].append(ours_now)
-            figures[name][1].append(theirs_now)
+        train, test = (last[f"{part}_images"] / last[f"{part}_seconds"] for part in ("train", "test"))
+        for amp, dtype in dtypes.items():
+            log, _, _, memory = run_method("naive_ft", folder, ["--data-root", root, *flags, *length, "--amp", amp])
+            for name, ours_now, theirs_now in (
+                ("training, images/s, data included", log[-1]["images_per_second"], train),
+                ("evaluation, images/s", log[-1]["test_images_per_second"], test),
+                ("peak memory of the process, MB (without workers)", memory, their_memory),
+            ):
+                both = figures.setdefault(f"{what}, {str(dtype).removeprefix('torch.')}: {name}", ([], []))
+                both[0].append(ours_now)
+                both[1].append(theirs_now)
     short = ["--epochs", 1, "--steps-per-epoch", 2]
     few, many = (
         run_method("naive_ft", folder, ["--data-root", Path(folder) / where, *flags, *short])[3]
         for where in ("photos", "more_photos")
     )
-    what = f"{arch}, {options.batch_size} JPEGs of 300 px"
     return [
-        row_of(f"{what}: training, images/s, data included", *figures["train"]),
-        row_of(f"{what}: evaluation, images/s", *figures["test"]),
-        row_of(f"{what}: peak memory of the process, MB (without workers)", *figures["memory"]),
+        *(row_of(name, *both) for name, both in figures.items()),
         row_of(f"{what}: peak memory with {10 * options.photos} images, MB; with {options.photos}", [many], [few]),
         *limits(arch, root, options),
     ]
@@ -663,7 +665,7 @@ def measure_speed(options):
     about = f"{options.rounds} rounds in turns on {options.device} ({where}), {torch.get_num_threads()} threads, torch "
     about += f"{torch.__version__}; medians; least and largest are of the ratio over the rounds.\n"
     if not torch.cuda.is_available():
-        about += "No GPU was found here: no figures of AMP, of a GPU's memory or of its limits.\n"
+        about += "No GPU was found here: no figures of a GPU's memory or of its limits.\n"
     command = shlex.join(["python", "benchmark.py", *sys.argv[1:]])
     text = f"# Speed\n\n```bash\n{command}\n```\n\n{about}\n{table(rows)}\n"
     write_atomic(options.out / f"{options.device}.md", lambda stream: stream.write(text.encode()))
