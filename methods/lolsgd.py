@@ -115,23 +115,22 @@ def draw_classes(seen, left_out, rng):
     return kept
 
 
-def begin_step(model, optimizer, seen, args, step, local):
-    """The classes, bool [C], of the copy that a step belongs to. A copy starts without momentum; local, a dict, keeps
-    the weights from which the copies of a round start, and how far each has moved."""
+def begin_step(model, optimizer, args, step, local):
+    """A copy starts without momentum; local, a dict, keeps the weights from which the copies of a round start, and how
+    far each has moved."""
     if step % args.tau == 0:
         optimizer.state.clear()
     if step % (args.tau * args.copies) == 0:
         local["start"], local["moved"] = [tensor.clone() for tensor in floats(model)], []
-    return draw_classes(seen, args.left_out, data.generator("cpu", args.seed, 4, step // args.tau))
 
 
 @torch.no_grad()
 def end_step(model, args, step, local):
     """After a copy's last step, put the model back to the start; after a round's, to the average of its copies. Then
     also {"spread": how far the copies part, the root of mean |w_m - mean|^2 over |mean - start|}, else {}."""
-    state, start, moved = floats(model), local["start"], local["moved"]
     if (step + 1) % args.tau:
         return {}
+    state, start, moved = floats(model), local["start"], local["moved"]
     moved += [tensor - tensor0 for tensor, tensor0 in zip(state, start, strict=True)]
     torch._foreach_copy_(state, start)
     if (step + 1) % (args.tau * args.copies):
@@ -166,9 +165,11 @@ if __name__ == "__main__":
         optimizer = torch.optim.SGD(rates, momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * args.steps_per_epoch)
         scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
-        seen = (task.seen | args.oracle).to(device)  # with images of all classes, none is unseen
+        seen, local = task.seen | args.oracle, {}  # with images of all classes, none is unseen
         rounds = max(1, args.epochs * args.steps_per_epoch // (args.tau * args.copies))
-        local = {}
+        draws = [data.generator("cpu", args.seed, 4, copy) for copy in range(rounds * args.copies)]
+        subsets = torch.stack([draw_classes(seen, args.left_out, rng) for rng in draws])
+        left_out = {"subset": ~subsets, "seen": ~seen, "all": ~(seen | True)}[args.ce].expand_as(subsets).to(device)
 
         run.evaluate(0, model)
         run.resume(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, local=local)
@@ -177,10 +178,9 @@ if __name__ == "__main__":
             for layer in models.batchnorms(model):
                 layer.train(args.bn_mode == "train")
             for step in range(run.steps, epoch * rounds // args.epochs * args.tau * args.copies):
-                kept = begin_step(model, optimizer, task.seen | args.oracle, args, step, local)
-                images, labels = batches(step, kept)
-                compared = {"subset": kept.to(device, non_blocking=True), "seen": seen, "all": seen | True}[args.ce]
-                loss = F.cross_entropy(model(images).masked_fill(~compared, -torch.inf), labels)
+                begin_step(model, optimizer, args, step, local)
+                images, labels = batches(step, subsets[step // args.tau])
+                loss = F.cross_entropy(model(images).masked_fill(left_out[step // args.tau], -torch.inf), labels)
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()
                 scaler.unscale_(optimizer)

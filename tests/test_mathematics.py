@@ -275,7 +275,7 @@ def test_average_of_the_copies_against_a_loop():
     """Copies that take known steps end in their mean, BatchNorm buffers too, and each starts where the round began."""
 
     class Args:
-        copies, tau, left_out, seed, epochs, steps_per_epoch = 3, 2, 0.5, 0, 1, 12
+        copies, tau = 3, 2
 
     model = torch.nn.BatchNorm1d(2)
     optimizer, spreads, local = torch.optim.SGD(model.parameters(), 1.0), [], {}
@@ -283,11 +283,10 @@ def test_average_of_the_copies_against_a_loop():
     want_weight, want_mean = 1.0, 0.0
     ends = []
     for step in range(12):
-        kept = begin_step(model, optimizer, torch.ones(4).bool(), Args, step, local)
+        begin_step(model, optimizer, Args, step, local)
         copy_ = step // 2
         if step % 2 == 0:
             assert float(model.weight.detach()[0]) == pytest.approx(want_weight), "a copy starts where the round began"
-            assert kept.sum() == 2
         with torch.no_grad():
             model.weight += copy_ + 1
             model.running_mean += 0.1 * (copy_ + 1)
