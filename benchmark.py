@@ -575,14 +575,16 @@ def photographs(arch, options, folder):
                 both = figures.setdefault(f"{what}, {str(dtype).removeprefix('torch.')}: {name}", ([], []))
                 both[0].append(ours_now)
                 both[1].append(theirs_now)
-    short = ["--epochs", 1, "--steps-per-epoch", 2]
-    few, many = (
-        run_method("naive_ft", folder, ["--data-root", Path(folder) / where, *flags, *short])[3]
-        for where in ("photos", "more_photos")
-    )
+    short = [*flags, "--epochs", 1, "--steps-per-epoch", 2]
+    few_many = [Path(folder) / where for where in ("photos", "more_photos")] * options.rounds
+    memory = [run_method("naive_ft", folder, ["--data-root", where, *short])[3] for where in few_many]
     return [
         *(row_of(name, *both) for name, both in figures.items()),
-        row_of(f"{what}: peak memory with {10 * options.photos} images, MB; with {options.photos}", [many], [few]),
+        row_of(
+            f"{what}: peak memory with {10 * options.photos} images, MB; with {options.photos}",
+            memory[1::2],
+            memory[::2],
+        ),
         *limits(arch, root, options),
     ]
 
