@@ -576,15 +576,12 @@ def photographs(arch, options, folder):
                 both[0].append(ours_now)
                 both[1].append(theirs_now)
     short = [*flags, "--epochs", 1, "--steps-per-epoch", 2]
-    few_many = [Path(folder) / where for where in ("photos", "more_photos")] * options.rounds
-    memory = [run_method("naive_ft", folder, ["--data-root", where, *short])[3] for where in few_many]
+    roots = [Path(folder) / where for where in ("photos", "more_photos")] * options.rounds
+    memory = [run_method("naive_ft", folder, ["--data-root", where, *short])[3] for where in roots]
+    more = f"{10 * options.photos} images, MB; with {options.photos}"
     return [
         *(row_of(name, *both) for name, both in figures.items()),
-        row_of(
-            f"{what}: peak memory with {10 * options.photos} images, MB; with {options.photos}",
-            memory[1::2],
-            memory[::2],
-        ),
+        row_of(f"{what}: peak memory with {more}", memory[1::2], memory[::2]),
         *limits(arch, root, options),
     ]
 
