@@ -61,7 +61,7 @@ def unpack(archive, root, keep=lambda name: True):
     hidden = root / f".unpacking-{archive.name}"
     shutil.rmtree(hidden, ignore_errors=True)
     try:
-        if zipfile.is_zipfile(archive):
+        if archive.suffix == ".zip" or zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as file:
                 for name in tqdm(file.namelist(), desc=f"unpacking {archive.name}"):
                     if keep(name):

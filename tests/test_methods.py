@@ -52,8 +52,9 @@ def test_a_run_leaves_all_its_files(method, oracle, run_method, read, capsys):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_methods_run_in_bfloat16(method, run_method, read):
-    names, folder = run_method(method, "--amp", "bfloat16", "--name", f"{method}-bfloat16")
+def test_methods_run_in_bfloat16(method, run_method, read, runs_dir):
+    runs = runs_dir / "bfloat16"  # beside the source model of the other tests, not among them
+    names, folder = run_method(method, "--amp", "bfloat16", runs=runs)
     done, arrays, log = read(folder)
     assert done["versions"]["amp"] == "torch.bfloat16"
     assert {parameter.dtype for parameter in names["model"].parameters()} == {torch.float32}
