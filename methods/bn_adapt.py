@@ -70,7 +70,7 @@ class Args:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
     amp: Literal["auto", "bfloat16", "float16", "off"] = "auto"
-    """autocast dtype; auto: on a CPU only where it multiplies in bfloat16, and off for small networks"""
+    """autocast dtype; auto: on CUDA, and on a CPU where it multiplies in bfloat16 and the network is not small"""
     compile: bool = False
     """torch.compile the model"""
     resident: Literal["auto", "on", "off"] = "auto"

@@ -71,7 +71,7 @@ class Args:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
     amp: Literal["auto", "bfloat16", "float16", "off"] = "auto"
-    """autocast dtype; auto: on a CPU only where it multiplies in bfloat16, and off for small networks"""
+    """autocast dtype; auto: on CUDA, and on a CPU where it multiplies in bfloat16 and the network is not small"""
     compile: bool = False
     """torch.compile the model"""
     resident: Literal["auto", "on", "off"] = "auto"
@@ -167,9 +167,9 @@ if __name__ == "__main__":
         scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
         seen, local = task.seen | args.oracle, {}  # with images of all classes, none is unseen
         rounds = max(1, args.epochs * args.steps_per_epoch // (args.tau * args.copies))
-        draws = [data.generator("cpu", args.seed, 4, copy) for copy in range(rounds * args.copies)]
+        draws = [data.generator("cpu", args.seed, 4, m) for m in range(rounds * args.copies)]
         subsets = torch.stack([draw_classes(seen, args.left_out, rng) for rng in draws])
-        left_out = {"subset": ~subsets, "seen": ~seen, "all": ~(seen | True)}[args.ce].expand_as(subsets).to(device)
+        ignored = {"subset": ~subsets, "seen": ~seen, "all": ~(seen | True)}[args.ce].expand_as(subsets).to(device)
 
         run.evaluate(0, model)
         run.resume(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, local=local)
@@ -180,7 +180,7 @@ if __name__ == "__main__":
             for step in range(run.steps, epoch * rounds // args.epochs * args.tau * args.copies):
                 begin_step(model, optimizer, args, step, local)
                 images, labels = batches(step, subsets[step // args.tau])
-                loss = F.cross_entropy(model(images).masked_fill(left_out[step // args.tau], -torch.inf), labels)
+                loss = F.cross_entropy(model(images).masked_fill(ignored[step // args.tau], -torch.inf), labels)
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()
                 scaler.unscale_(optimizer)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 
+import data
 import models
 
 
@@ -301,6 +302,25 @@ def test_average_of_the_copies_against_a_loop():
     assert model.running_mean.tolist() == pytest.approx([want_mean] * 2)
     first = np.array(ends[:3])
     assert spreads[0].item() == pytest.approx(first.std() / first.mean(), rel=1e-4)
+
+
+def test_a_copy_trains_on_its_own_classes(run_method, monkeypatch):
+    """Each copy is given the same classes at all its steps, a share of the seen ones, and copies differ."""
+    given, original = [], data.Batches.__call__
+
+    def call(self, step, classes=None):
+        images, labels = original(self, step, classes)
+        if classes is not None:
+            assert classes[labels].all()
+            given.append((step, tuple(classes.tolist())))
+        return images, labels
+
+    monkeypatch.setattr(data.Batches, "__call__", call)
+    names = run_method("lolsgd", "--tau", "2", "--steps-per-epoch", "8", "--left-out", "0.6", "--name", "own")[0]
+    assert [step for step, _ in given] == list(range(16))
+    assert all(given[step][1] == given[step + 1][1] for step in range(0, 16, 2)), "the two steps of a copy"
+    assert all(sum(kept) == 2 and not (torch.tensor(kept) & ~names["task"].seen).any() for _, kept in given)
+    assert len({kept for _, kept in given}) > 2
 
 
 def test_one_copy_with_all_classes_is_sgd_that_forgets_its_momentum(run_method):
