@@ -558,8 +558,8 @@ def photographs(arch, options, folder):
     flags = ["--dataset", "folder", "--seen-classes", 5, "--oracle", "--source-checkpoint", source, *common]
     plain = [HERE / "results/speed/plain_loop.py", root / "b/train", root / "b/test", *common, *length]
     run_method("naive_ft", folder, ["--data-root", root, *flags, "--epochs", 1, "--steps-per-epoch", 1])  # the cache
-    amp = models.device_and_amp(options.device, "auto", arch)[1]
-    dtypes = {"auto": amp, "off": torch.float32} if amp else {"auto": torch.float32}
+    autocast = models.device_and_amp(options.device, "auto", arch)[1]
+    dtypes = {"auto": autocast, "off": torch.float32} if autocast else {"off": torch.float32}
     what, figures = f"{arch}, {options.batch_size} JPEGs of 300 px", {}
     for _ in tqdm(range(options.rounds), f"{arch} on photographs", unit="round"):
         theirs, _, their_memory = timed(plain, torch.get_num_threads())

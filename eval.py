@@ -645,19 +645,20 @@ class Run:
     def finish(self, model):
         """Save what `model`, the one evaluated last, is and predicts. With done.json, the last file, it is finished."""
         interruptible()
+        task = self.task
         arrays = {
             "test_logits": self.test_logits,
-            "test_labels": self.task.target_test.labels.numpy(),
-            "train_logits": predict(model, self.task.target_train.images),
-            "train_labels": self.task.target_train.labels.numpy(),
+            "test_labels": task.target_test.labels.numpy(),
+            "train_logits": predict(model, task.target_train.images),
+            "train_labels": task.target_train.labels.numpy(),
             "source_test_logits": self.source["test"].numpy(),
             "source_train_logits": self.source["train"].numpy(),
-            "seen": self.task.seen.numpy(),
-            "classes": np.array(self.task.classes),
+            "seen": task.seen.numpy(),
+            "classes": np.array(task.classes),
         }
         write_atomic(self.folder / "logits.npz", lambda stream: np.savez(stream, **arrays))
         if self.args.save_model:
-            content = {"model": model.state_dict(), "classes": self.task.classes, "arch": self.args.arch}
+            content = {"model": model.state_dict(), "classes": task.classes, "arch": self.args.arch}
             write_checkpoint(self.folder / "model.pt", content)
         final = accuracies(arrays["test_logits"], arrays["test_labels"], arrays["seen"])
         command = shlex.join(["python", f"methods/{Path(sys.argv[0]).name}", *sys.argv[1:]])
