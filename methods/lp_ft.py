@@ -99,6 +99,8 @@ class Args:
     """updates of the head on stored features, with lr and a cosine schedule"""
     ft_lr_scale: float = 0.1
     """factor on both learning rates after the probe"""
+    alpha: float = 0.0
+    """strength of a pull to the source weights after the probe, as in l2_sp; ours"""
 
 
 def fit_head(head, features, labels, steps, batch_size, lr, weight_decay, seed):
@@ -114,6 +116,13 @@ def fit_head(head, features, labels, steps, batch_size, lr, weight_decay, seed):
             loss.backward()
             optimizer.step()
             scheduler.step()
+
+
+@torch.no_grad()
+def pull_to(start, parameters, alpha):
+    """Add alpha (w - w0), the gradient of alpha / 2 * sum (w - w0)^2, to the gradients of the parameters w."""
+    for w, w0 in zip(parameters, start, strict=True):
+        w.grad.add_(w - w0, alpha=alpha)
 
 
 if __name__ == "__main__":
@@ -157,6 +166,8 @@ if __name__ == "__main__":
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()
                 scaler.unscale_(optimizer)
+                if args.alpha:
+                    pull_to(source_model.parameters(), model.parameters(), args.alpha)
                 torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
                 scaler.step(optimizer)
                 scaler.update()

@@ -215,8 +215,9 @@ def wrong():
         "ht_distill": {"distill-weight": ("-1", "inf"), "rank-weight": ("-1", "nan"), "late-lr": ("0", "-1", "nan")}
     }
     own |= {"wise_ft": {"a": ("2", "-0.1", "nan"), "mode": ("mean",)}, "l2_sp": {"alpha": ("-1", "inf", "nan")}}
-    own |= {"masked_ft": {"alpha": ("-1", "x")}, "lp_ft": {"probe-steps": ("-1", "0.5"), "ft-lr-scale": ("-1", "nan")}}
+    own |= {"lp_ft": {"probe-steps": ("-1", "0.5"), "ft-lr-scale": ("-1", "nan"), "alpha": ("-1", "inf")}}
     own |= {
+        "masked_ft": {"alpha": ("-1", "x")},
         "grad_proj": {"reference": ("x",), "scope": ("x",), "memory": ("1.1", "-0.1")},
         "bn_adapt": {"mode": ("x",), "bn-mode": ("on",)},
     }

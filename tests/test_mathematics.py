@@ -245,7 +245,8 @@ def test_preservation_is_zero_at_the_source_and_feels_the_unseen_sink(reference)
 # ---------------------------------------------------------------- l2_sp
 
 
-def test_pull_is_the_gradient_of_its_penalty():
+@pytest.mark.parametrize("name", ["l2_sp", "lp_ft"])
+def test_pull_is_the_gradient_of_its_penalty(name):
     torch.manual_seed(0)
     start = [torch.randn(3, 2), torch.randn(4)]
     w = [(tensor + torch.randn_like(tensor)).requires_grad_() for tensor in start]
@@ -254,7 +255,7 @@ def test_pull_is_the_gradient_of_its_penalty():
     want = torch.autograd.grad(loss + penalty, w)
     loss = sum((tensor**3).sum() for tensor in w)
     loss.backward()
-    method("l2_sp").pull_to(start, w, 0.7)
+    method(name).pull_to(start, w, 0.7)
     for tensor, gradient in zip(w, want, strict=True):
         torch.testing.assert_close(tensor.grad, gradient)
 
@@ -396,6 +397,15 @@ def test_lp_ft_starts_from_the_probed_head(run_method):
     before, after = names["source_model"].state_dict(), names["model"].state_dict()
     assert {key for key in before if not torch.equal(before[key], after[key])} == {"head.weight", "head.bias"}
     assert names["probe"] > names["run"].source_train_accuracy
+
+
+def test_lp_ft_with_a_pull_and_no_probe_is_l2_sp(run_method):
+    flags = ("--probe-steps", "0", "--ft-lr-scale", "1", "--weight-decay", "0", "--name", "no probe")
+    pulled, l2_sp = run_method("lp_ft", *flags, "--alpha", "0.7")[0], run_method("l2_sp", "--alpha", "0.7")[0]
+    free = run_method("lp_ft", *flags, "--overwrite")[0]["model"].head.weight
+    states = [names["model"].state_dict() for names in (pulled, l2_sp)]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[1])
+    assert not torch.equal(free, states[1]["head.weight"]), "by default nothing pulls"
 
 
 @pytest.mark.parametrize("mode", ["weights", "logits"])
