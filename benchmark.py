@@ -378,7 +378,7 @@ def draw(task, methods, folder):
             error = [w or 0 for w in width]
             place = np.array(row) + 0.17 * (i - 2)
             ax.barh(place, mean, 0.16, xerr=error, color=COLOURS[i], label=label, error_kw={"lw": 0.8})
-    ax.invert_yaxis()
+    ax.set_ylim(len(methods) - 0.4, -0.6)
     lowest = min(np.mean(values(runs, "overall")) for runs in methods.values())
     ax.set(
         xlabel="overall accuracy (%)", yticks=range(len(methods)), yticklabels=methods, xlim=(max(0, lowest - 15), 100)

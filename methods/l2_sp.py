@@ -4,7 +4,7 @@
 
 Differs from the paper: the head is pulled too, since the source model has it already. alpha is ours.
 
-    python methods/l2_sp.py    # overall 85.6 ± 2.9, unseen 72.1 on mnist to optdigits, see README
+    python methods/l2_sp.py    # overall 85.5 ± 2.8, unseen 71.8 on mnist to optdigits, see README
 """
 
 import copy
