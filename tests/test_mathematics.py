@@ -400,9 +400,10 @@ def test_lp_ft_starts_from_the_probed_head(run_method):
 
 
 def test_lp_ft_with_a_pull_and_no_probe_is_l2_sp(run_method):
-    flags = ("--probe-steps", "0", "--ft-lr-scale", "1", "--weight-decay", "0", "--name", "no probe")
-    pulled, l2_sp = run_method("lp_ft", *flags, "--alpha", "0.7")[0], run_method("l2_sp", "--alpha", "0.7")[0]
-    free = run_method("lp_ft", *flags, "--overwrite")[0]["model"].head.weight
+    flags = ("--probe-steps", "0", "--ft-lr-scale", "1", "--weight-decay", "0")
+    pulled = run_method("lp_ft", *flags, "--alpha", "0.7", "--name", "no probe")[0]
+    l2_sp = run_method("l2_sp", "--alpha", "0.7", "--name", "the pull alone")[0]
+    free = run_method("lp_ft", *flags, "--name", "neither")[0]["model"].head.weight
     states = [names["model"].state_dict() for names in (pulled, l2_sp)]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[1])
     assert not torch.equal(free, states[1]["head.weight"]), "by default nothing pulls"
