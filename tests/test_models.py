@@ -158,9 +158,11 @@ print(faults() - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the memory allocator of glibc")
 def test_freed_memory_is_kept_for_the_next_step():
+    # glibc left alone moves its threshold and may keep the memory by chance: the other process pins it at its start
+    handed_back = "import ctypes; ctypes.CDLL(None).mallopt(-3, 2**17)"
     few, many = (
         int(subprocess.check_output([sys.executable, "-c", FAULTS.format(line)], cwd=ROOT))
-        for line in ("models.keep_memory()", "")
+        for line in ("models.keep_memory()", handed_back)
     )
     assert few < 100 < 10_000 < many
 
