@@ -41,9 +41,9 @@ from eval import (
     NOT_COMPARED,
     InputError,
     predict,
-    read_arrays,
     read_json,
     read_run,
+    read_test_arrays,
     seen_unseen_curve,
     table,
     write_atomic,
@@ -281,11 +281,6 @@ def rounded(row):
 # ------------------------------------------------------------------------------------------ figures
 
 
-def test_arrays(run):
-    """Logits [N, C], labels [N] and the seen mask [C] of a run's test images."""
-    return read_arrays(Path(run["run"]) / "logits.npz", ("test_logits", "test_labels", "seen"))
-
-
 def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -344,7 +339,7 @@ def draw(task, methods, folder):
     for method, runs in methods.items():
         if method == SOURCE:
             continue
-        curves = [seen_unseen_curve(*test_arrays(run), run["run"]) for run in runs.values()]
+        curves = [seen_unseen_curve(*read_test_arrays(run["run"]), run["run"]) for run in runs.values()]
         gammas = np.unique(np.quantile(np.concatenate([gamma for gamma, _, _ in curves]), np.linspace(0, 1, 400)))
         mean = [np.mean([np.interp(gammas, curve[0], curve[k]) for curve in curves], 0) for k in (1, 2)]
         look = {**style[method], "ls": "", "ms": 7}

@@ -169,18 +169,17 @@ def ausuc(logits, labels, seen, where="logits"):
 
 
 def logit_gap(logits, labels, seen, of_group, where):
-    """Mean over images of of_group(logits of the seen classes but the image's own) - of_group(logits of the unseen).
-    None without images, or with a single seen class. Raises InputError as alg_gamma does."""
+    """Mean over images of the mean (of_group np.mean) or highest (np.max) logit of the seen classes but the image's
+    own, less that of the unseen. None without images, or with a single seen class. Raises as alg_gamma does."""
     logits, labels, seen = check(logits, labels, seen, where)
     check_finite(logits, where)
     if not seen[labels].all():
-        raise InputError(
-            f"{where}: row {int((~seen[labels]).argmax())} is of an unseen class; ALG takes seen ones only"
-        )
+        row = int((~seen[labels]).argmax())
+        raise InputError(f"{where}: row {row} is of an unseen class; ALG takes seen ones only")
     if not len(labels) or seen.sum() < 2:
         return None
-    others = logits[seen & (np.arange(len(seen)) != labels[:, None])].reshape(len(labels), -1)
-    return float(np.mean(of_group(others) - of_group(logits[:, ~seen]), dtype=np.float64))
+    others = logits[seen & (np.arange(len(seen)) != labels[:, None])].reshape(len(labels), -1).astype(np.float64)
+    return float((of_group(others, 1) - of_group(logits[:, ~seen].astype(np.float64), 1)).mean())
 
 
 def alg_gamma(train_logits, train_labels, seen, where="train_logits"):
@@ -189,7 +188,7 @@ def alg_gamma(train_logits, train_labels, seen, where="train_logits"):
     the images that it scores). None without images, or with a single seen class, which leaves nothing to average.
     Raises InputError as check does, and on a label of an unseen class.
     """
-    return logit_gap(train_logits, train_labels, seen, lambda group: group.mean(1, dtype=np.float64), where)
+    return logit_gap(train_logits, train_labels, seen, np.mean, where)
 
 
 def alg_source_gamma(train_logits, source_logits, train_labels, seen, where="train_logits"):
@@ -200,11 +199,9 @@ def alg_source_gamma(train_logits, source_logits, train_labels, seen, where="tra
     """
     if np.shape(train_logits) != np.shape(source_logits):
         raise InputError(f"{where}: {np.shape(train_logits)}, and the source model's {np.shape(source_logits)}")
-    gaps = [
-        logit_gap(logits, train_labels, seen, lambda group: group.max(1).astype(np.float64), name)
-        for logits, name in ((train_logits, where), (source_logits, f"source_{where}"))
-    ]
-    return None if None in gaps else gaps[0] - gaps[1]
+    gap = logit_gap(train_logits, train_labels, seen, np.max, where)
+    source_gap = logit_gap(source_logits, train_labels, seen, np.max, f"source_{where}")
+    return None if gap is None else gap - source_gap
 
 
 def best_bias(flips, is_seen, right, where="logits"):
@@ -724,8 +721,8 @@ def result_table(done):
     return table([{"model": name, **done[key]} for name, key in (("source (epoch 0)", "source"), ("result", "final"))])
 
 
-ARRAYS = ("test_logits", "source_test_logits", "test_labels")
-ARRAYS += ("train_logits", "source_train_logits", "train_labels", "seen", "classes")
+ARRAYS = ("test_logits", "source_test_logits", "test_labels", "train_logits", "source_train_logits", "train_labels")
+ARRAYS += ("seen", "classes")
 CALIBRATED = ("alg", "alg_source", "pcv", "oracle_gamma")  # biases on the unseen classes' logits
 
 
@@ -738,11 +735,15 @@ def read_arrays(path, names=ARRAYS, what="the complete logits.npz of a run"):
         raise InputError(f"{path}: not {what} ({type(error).__name__}: {error})") from error
 
 
+def read_test_arrays(folder):
+    """Logits [N, C], labels [N] and the seen mask [C] of the test images of the run in `folder`."""
+    return read_arrays(Path(folder) / "logits.npz", ("test_logits", "test_labels", "seen"))
+
+
 def pseudo_splits(folder):
     """For pcv_gamma: every finished pseudo split of the run in `folder`, made by the run's own command and
     --pseudo-split k. No image of a truly unseen class has a part in it."""
-    paths = sorted(folder.parent.glob(f"{folder.name}-pseudo*/done.json"))
-    return [read_arrays(path.with_name("logits.npz"), ("test_logits", "test_labels", "seen")) for path in paths]
+    return [read_test_arrays(path.parent) for path in sorted(folder.parent.glob(f"{folder.name}-pseudo*/done.json"))]
 
 
 def read_run(path):
