@@ -80,6 +80,8 @@ class RunGrid:
     """which classes are seen, and which images are for training: 0-9, or 0,3,7"""
     seeds: str = "0"
     """training seeds"""
+    source_seeds: str = "0"
+    """of the source models; split: each split seed's own number, so that intervals speak of source models too"""
     pcv: int = 0
     """pseudo splits per run for PCV calibration, each one more run (none for an oracle)"""
     jobs: int = 1
@@ -103,12 +105,13 @@ def expand(pair, flags):
     return [f"{dataset}:{source}:{name}" for name in names]
 
 
-def cell_command(method, pair, split_seed, seed, grid):
+def cell_command(method, pair, split_seed, source_seed, seed, grid):
     """The plain command of one run, as a list of words."""
     dataset, source, target = pair.split(":")
     name, *own = shlex.split(method)
     where = ["--dataset", dataset, "--source", source, "--target", target, "--runs-dir", grid.runs_dir]
     which = ["--split-seed", str(split_seed), "--seed", str(seed)]
+    which += ["--source-seed", str(source_seed)] if source_seed else []
     return ["python", f"methods/{name}.py", *where, *which, *own, *shlex.split(grid.flags)]
 
 
@@ -133,10 +136,11 @@ def run_grid(grid):
     for flag, value, least in (("--jobs", grid.jobs, 1), ("--pcv", grid.pcv, 0)):
         if value < least:
             raise InputError(f"{flag} {value}: must be {least} or more")
-    axes = pairs, grid.methods, seeds(grid.split_seeds), seeds(grid.seeds)
+    splits, per_split = seeds(grid.split_seeds), grid.source_seeds == "split"
+    sources = [(k, k) for k in splits] if per_split else itertools.product(splits, seeds(grid.source_seeds))
     commands = []
-    for pair, method, k, s in itertools.product(*axes):
-        cell = cell_command(method, pair, k, s, grid)
+    for pair, method, (k, source), s in itertools.product(pairs, grid.methods, sources, seeds(grid.seeds)):
+        cell = cell_command(method, pair, k, source, s, grid)
         folds = () if "--oracle" in cell else range(grid.pcv)
         commands += [cell, *([*cell, "--pseudo-split", str(fold)] for fold in folds)]
     if grid.print_commands:
@@ -196,9 +200,9 @@ def interval(values):
 
 
 def collect(folders, over_targets=False):
-    """{task: {method: {(target, split seed, seed): run}}} of all finished runs but pseudo splits; a run is what
-    eval.read_run returns. over_targets makes one task of all targets of a source. Raises InputError if one method of a
-    task has runs that differ in more than seeds, and if the runs of a task are over different classes."""
+    """{task: {method: {(target, split seed, source seed, seed): run}}} of all finished runs but pseudo splits; a run is
+    what eval.read_run returns. over_targets makes one task of all targets of a source. Raises InputError if one method
+    of a task has runs that differ in more than seeds, and if the runs of a task are over different classes."""
     tasks, settings, classes = {}, {}, {}
     for path in sorted(path for folder in folders for path in folder.rglob("done.json")):
         args = read_json(path)["args"]
@@ -206,7 +210,7 @@ def collect(folders, over_targets=False):
             continue
         target = "all" if over_targets else args["target"]
         task = f"{args['dataset']} {args['source']} to {target}, {args['seen_classes']} seen"
-        other = (*NOT_COMPARED, "seed", "split_seed", *["target"] * over_targets)
+        other = (*NOT_COMPARED, "seed", "split_seed", "source_seed", *["target"] * over_targets)
         same = {k: v for k, v in args.items() if k not in other}
         before = settings.setdefault((task, args["method"]), same)
         if differ := [name for name in same | before if same.get(name) != before.get(name)]:
@@ -215,7 +219,7 @@ def collect(folders, over_targets=False):
         if run["classes"] != classes.setdefault(task, run["classes"]):
             raise InputError(f"{path.parent}: over other classes than the other runs of {task}; report them apart")
         runs = tasks.setdefault(task, {}).setdefault(args["method"], {})
-        key = args["target"], args["split_seed"], args["seed"]
+        key = tuple(args[name] for name in ("target", "split_seed", "source_seed", "seed"))
         if key in runs:
             raise InputError(f"{path.parent}: the same run as {runs[key]['run']}")
         runs[key] = run

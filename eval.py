@@ -479,7 +479,7 @@ def agree(old, new):
 
 
 class Run:
-    """The folder runs/<dataset>/<source>-<target>/<method>/split<k>-seed<s>/ and what is written into it.
+    """The folder runs/<dataset>/<source>-<target>/<method>/split<k>-seed<s>[-source<n>]/ and what is written into it.
 
     with Run(__file__, args) as run:        # an InputError inside is shown as one line, exit code 2
         args = run.open(task)               # writes nothing yet; a finished run is shown again and ends here
@@ -546,6 +546,7 @@ class Run:
         blank = {name: value for name, value in defaults.items() if getattr(self.args, name) is None}
         args = self.args = dataclasses.replace(self.args, **blank)
         where = f"{args.dataset}/{args.source}-{args.target}/{self.method}/split{args.split_seed}-seed{args.seed}"
+        where += f"-source{args.source_seed}" if args.source_seed else ""
         where += "" if args.pseudo_split is None else f"-pseudo{args.pseudo_split}"
         self.task, self.folder = task, Path(args.runs_dir) / where
         self.record = {"method": self.method, **dataclasses.asdict(args)}
@@ -663,20 +664,19 @@ class Run:
     def finish(self, model):
         """Save what `model`, the one evaluated last, is and predicts. With done.json, the last file, it is finished."""
         interruptible()
-        task = self.task
         arrays = {
             "test_logits": self.test_logits,
-            "test_labels": task.target_test.labels.numpy(),
-            "train_logits": predict(model, task.target_train.images),
-            "train_labels": task.target_train.labels.numpy(),
+            "test_labels": self.task.target_test.labels.numpy(),
+            "train_logits": predict(model, self.task.target_train.images),
+            "train_labels": self.task.target_train.labels.numpy(),
             "source_test_logits": self.source["test"].numpy(),
             "source_train_logits": self.source["train"].numpy(),
-            "seen": task.seen.numpy(),
-            "classes": np.array(task.classes),
+            "seen": self.task.seen.numpy(),
+            "classes": np.array(self.task.classes),
         }
         write_atomic(self.folder / "logits.npz", lambda stream: np.savez(stream, **arrays))
         if self.args.save_model:
-            content = {"model": model.state_dict(), "classes": task.classes, "arch": self.args.arch}
+            content = {"model": model.state_dict(), "classes": self.task.classes, "arch": self.args.arch}
             write_checkpoint(self.folder / "model.pt", content)
         final = accuracies(arrays["test_logits"], arrays["test_labels"], arrays["seen"])
         command = shlex.join(["python", f"methods/{Path(sys.argv[0]).name}", *sys.argv[1:]])

@@ -25,12 +25,13 @@ def test_seeds():
         benchmark.seeds("a-b")
 
 
-def fake_run(folder, method, split_seed, overall, seed=0, pseudo=None, classes="abcd", kinds=4, **args):
+def fake_run(folder, method, split_seed, overall, seed=0, pseudo=None, classes="abcd", kinds=4, source_seed=0, **args):
     """A finished run with real files: 100 images of the first `kinds` of four classes, of which two are seen, `overall`
     % right."""
     args = {"dataset": "d", "source": "a", "target": "b", "seen_classes": "2", "method": method, "lr": 0.1, **args}
-    args |= {"split_seed": split_seed, "seed": seed, "pseudo_split": pseudo}
-    path = folder / method / f"split{split_seed}-seed{seed}{'' if pseudo is None else f'-pseudo{pseudo}'}"
+    args |= {"split_seed": split_seed, "seed": seed, "source_seed": source_seed, "pseudo_split": pseudo}
+    path = f"split{split_seed}-seed{seed}" + (f"-source{source_seed}" if source_seed else "")
+    path = folder / method / (path + ("" if pseudo is None else f"-pseudo{pseudo}"))
     path.mkdir(parents=True)
     labels = np.arange(100) % kinds
     right, half = np.arange(100) < overall, np.arange(100) < 50
@@ -61,6 +62,19 @@ def test_report_pairs_by_split(tmp_path, capsys):
     assert rows["source model"]["overall"] == 50
     benchmark.report(benchmark.Report((tmp_path,)))
     assert "+2.0 ± 2.5 |" in capsys.readouterr().out
+
+
+def test_report_takes_runs_that_differ_in_their_source_models(tmp_path):
+    for source_seed, (naive, other) in enumerate([(40, 43), (60, 61)]):
+        fake_run(tmp_path, "naive_ft", 0, naive, source_seed=source_seed)
+        fake_run(tmp_path, "other", 0, other, source_seed=source_seed)
+    fake_run(tmp_path, "other", 0, 80, source_seed=1, pseudo=0)
+    tasks = benchmark.collect([tmp_path])
+    rows = {row["method"]: row for row in benchmark.rows_of(tasks, "naive_ft")}
+    assert rows["other"]["runs"] == 2 and rows["other"]["overall"] == pytest.approx(52)
+    assert rows["other"]["vs_naive_ft"] == pytest.approx(2), "paired by the source model too"
+    pcv = [run["pcv"] is not None for run in tasks["d a to b, 2 seen"]["other"].values()]
+    assert pcv == [False, True], "a pseudo split belongs to the run with its source model"
 
 
 def test_report_calibrates_every_run_by_itself(tmp_path, capsys):
@@ -165,6 +179,10 @@ def test_print_commands(grid):
     assert [line.partition(" --seed 0")[2] for line in lines.splitlines()] == 3 * [
         "", " --pseudo-split 0", " --pseudo-split 1", " --oracle"
     ]  # fmt: skip
+    words = "--print-commands", "--pairs", "digits:mnist:optdigits", "--methods", "naive_ft", "--split-seeds", "0-1"
+    for source_seeds, each in (("split", ["", " --source-seed 1"]), ("0,2", ["", " --source-seed 2"] * 2)):
+        lines = grid(*words, "--source-seeds", source_seeds)[1].splitlines()
+        assert [line.partition(" --seed 0")[2] for line in lines] == each
     for words in (("--jobs", "0"), ("--pcv", "-1"), ("--methods", "nave_ft"), ("--methods", ""), ("--pairs", "digits")):
         code, printed, error = grid(*words)
         assert (

@@ -74,6 +74,13 @@ def test_a_pseudo_split_is_a_run_beside_the_run(run_method, read):
     assert evaluation.read_run(folder)["pcv"]["gamma"] == evaluation.pcv_gamma(splits)[0]
 
 
+def test_runs_from_other_source_models_lie_beside_each_other(run_method, read):
+    one, two = (run_method("masked_ft", "--name", "sources", "--source-seed", seed)[1] for seed in "01")
+    assert one.name == "split0-seed0" and two == one.with_name("split0-seed0-source1")
+    logits = [read(folder)[1]["source_test_logits"] for folder in (one, two)]
+    assert not np.array_equal(*logits)
+
+
 def test_a_run_says_its_command(run_method, read):
     done = read(run_method("l2_sp", "--name", "a name")[1])[0]
     assert done["command"].startswith("python methods/l2_sp.py --epochs 2") and "--name 'a name'" in done["command"]
