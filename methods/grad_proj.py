@@ -8,7 +8,7 @@ of cross-entropy conflicts with p, the gradient of P (g.p < 0: the step would ra
 
 Differs from A-GEM: P needs no data of the source. P is ours.
 
-    python methods/grad_proj.py    # overall 87.6 ± 3.1, unseen 76.1 on mnist to optdigits, see README
+    python methods/grad_proj.py    # overall 87.2 ± 3.2, unseen 75.1 on mnist to optdigits, see README
 """
 
 import copy

@@ -5,7 +5,7 @@
 (Wortsman et al., CVPR 2022, arXiv 2109.01903.) --mode logits averages the two models' logits instead. Differs from the
 paper: BatchNorm statistics are averaged like weights, or re-estimated on the target images with --reestimate-bn.
 
-    python methods/wise_ft.py    # overall 84.2 ± 3.6, unseen 69.5 on mnist to optdigits, see README
+    python methods/wise_ft.py    # overall 82.7 ± 3.8, unseen 66.3 on mnist to optdigits, see README
 """
 
 import copy
