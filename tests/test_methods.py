@@ -74,8 +74,8 @@ def test_a_pseudo_split_is_a_run_beside_the_run(run_method, read):
     assert evaluation.read_run(folder)["pcv"]["gamma"] == evaluation.pcv_gamma(splits)[0]
 
 
-def test_runs_from_other_source_models_lie_beside_each_other(run_method, read):
-    one, two = (run_method("masked_ft", "--name", "sources", "--source-seed", seed)[1] for seed in "01")
+def test_runs_from_other_source_models_lie_beside_each_other(run_method, read, tmp_path):
+    one, two = (run_method("masked_ft", "--source-seed", seed, runs=tmp_path)[1] for seed in "01")
     assert one.name == "split0-seed0" and two == one.with_name("split0-seed0-source1")
     logits = [read(folder)[1]["source_test_logits"] for folder in (one, two)]
     assert not np.array_equal(*logits)
