@@ -204,13 +204,14 @@ def collect(folders, over_targets=False):
     what eval.read_run returns. over_targets makes one task of all targets of a source. Raises InputError if one method
     of a task has runs that differ in more than seeds, and if the runs of a task are over different classes."""
     tasks, settings, classes = {}, {}, {}
+    seed_names = "split_seed", "source_seed", "seed"
     for path in sorted(path for folder in folders for path in folder.rglob("done.json")):
         args = read_json(path)["args"]
         if args.get("pseudo_split") is not None:
             continue
         target = "all" if over_targets else args["target"]
         task = f"{args['dataset']} {args['source']} to {target}, {args['seen_classes']} seen"
-        other = (*NOT_COMPARED, "seed", "split_seed", "source_seed", *["target"] * over_targets)
+        other = (*NOT_COMPARED, *seed_names, *["target"] * over_targets)
         same = {k: v for k, v in args.items() if k not in other}
         before = settings.setdefault((task, args["method"]), same)
         if differ := [name for name in same | before if same.get(name) != before.get(name)]:
@@ -219,7 +220,7 @@ def collect(folders, over_targets=False):
         if run["classes"] != classes.setdefault(task, run["classes"]):
             raise InputError(f"{path.parent}: over other classes than the other runs of {task}; report them apart")
         runs = tasks.setdefault(task, {}).setdefault(args["method"], {})
-        key = tuple(args[name] for name in ("target", "split_seed", "source_seed", "seed"))
+        key = args["target"], *(args[name] for name in seed_names)
         if key in runs:
             raise InputError(f"{path.parent}: the same run as {runs[key]['run']}")
         runs[key] = run
