@@ -1,7 +1,6 @@
 """A Classifier (backbone and linear head) and the source model that adaptation starts from.
 
-model = source_model(task, "small_cnn", device="cpu")           # trained once, then read from the cache
-logits, features = model(images, return_features=True)
+logits, features = source_model(task, "small_cnn")(images, return_features=True)
 """
 
 import contextlib
@@ -14,20 +13,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 from tqdm import tqdm
 
-from eval import (
-    Checkpoint,
-    InputError,
-    check_progress,
-    interruptible,
-    predict,
-    read_checkpoint,
-    take_lock,
-    write_checkpoint,
-)
+from files import Checkpoint, InputError, Stop, first_line, read_checkpoint, take_lock, write_checkpoint
 
 SOURCE_VERSION = 3  # raise it when a change below makes another source model from the same arguments
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -59,6 +48,25 @@ class Classifier(nn.Module):
         return (logits, features) if return_features else logits
 
 
+@torch.inference_mode()
+def predict(model, images, return_features=False, batch_size=None):
+    """float32 logits [N, C] of a Classifier in eval mode for uint8 images [N, c, H, W], as a numpy array. With
+    return_features also the float32 features [N, D]. Every module is left in the mode that it was in. batch_size: None
+    is 512; on a CPU as many as stay in its cache, from 4 to 64, the fewer the larger they are."""
+    was_training = {module: module.training for module in model.modules()}
+    device = next(model.parameters()).device
+    if batch_size is None:
+        batch_size = 512 if device.type != "cpu" else min(64, max(4, 600_000 // images.shape[1:].numel()))
+    model.eval()
+    parts = [model(x.to(device, memory_format=torch.channels_last), return_features) for x in images.split(batch_size)]
+    for module, training in was_training.items():
+        module.training = training
+    if not return_features:
+        return torch.cat(parts).cpu().numpy()
+    logits, features = zip(*parts, strict=True)
+    return torch.cat(logits).cpu().numpy(), torch.cat(features).cpu().numpy()
+
+
 # ------------------------------------------------------------------------------------------ architectures
 
 
@@ -86,24 +94,32 @@ SMALL = {"small_cnn": small_cnn, "lenet": lenet}
 def build(arch, classes, image_shape, weights=None):
     """A Classifier with a new head for `classes` classes and images of image_shape (c, H, W).
 
-    arch: small_cnn, lenet, a classifier of torchvision by name (resnet18, resnet50, vit_b_16, ...), or timm:NAME or
-    clip:NAME. weights, for the pretrained: "imagenet" (the package's default weights, downloaded),
-    "none" (random), or a file with a state dict; None is "imagenet". Raises InputError where one of these does not
-    exist or does not fit.
+    arch: small_cnn, lenet, a classifier of torchvision by name (resnet18, vit_b_16, ...), timm:NAME or clip:NAME.
+    weights, for the pretrained: imagenet (the package's default weights, downloaded; so is None), none (random), or a
+    file with a state dict. Raises InputError where one of these does not exist or does not fit.
     """
     channels, *sides = image_shape
-    if arch.startswith(("timm:", "clip:")):
-        create = timm_classifier if arch.startswith("timm:") else clip_classifier
-        return create(arch, classes, image_shape, weights)
+    if arch.startswith("timm:"):
+        return timm_classifier(arch, classes, sides, weights)
+    if arch.startswith("clip:"):
+        return clip_classifier(arch, classes, weights)
     if arch in SMALL:
         if weights not in (None, "none"):
             raise InputError(f"--weights {weights}: there are no pretrained weights for {arch}; leave the flag out")
         backbone, features = SMALL[arch](channels, sides[0])
         return Classifier(backbone, nn.Linear(features, classes), [0.5] * channels, [0.5] * channels)
+    return torchvision_classifier(arch, classes, sides, weights)
+
+
+def torchvision_classifier(arch, classes, sides, weights):
+    """The Classifier of a torchvision network, its last linear layer replaced by a new head. See build."""
+    import torchvision  # takes a second, so only where one is asked for
+
     if arch not in torchvision.models.list_models(torchvision.models):
-        known = ", ".join([*SMALL, "resnet18", "resnet50", "vit_b_16"])
-        more = "another classifier of torchvision, timm:NAME or clip:NAME"
-        raise InputError(f"--arch {arch}: unknown; choose {known}, {more}")
+        known = (
+            "small_cnn, lenet, resnet18, resnet50, vit_b_16, another classifier of torchvision, timm:NAME or clip:NAME"
+        )
+        raise InputError(f"--arch {arch}: unknown; choose {known}")
     if arch.startswith("vit"):
         check_sides(arch, sides, [224, 224])
     pretrained = "DEFAULT" if weights in (None, "imagenet") else None
@@ -117,7 +133,9 @@ def build(arch, classes, image_shape, weights=None):
 
 def check_sides(arch, sides, wanted):
     if sides != wanted:
-        raise InputError("--arch {}: needs images of {}x{}, these are {}x{}".format(arch, *wanted, *sides))
+        raise InputError(
+            f"--arch {arch}: needs images of {'x'.join(map(str, wanted))}, these are {sides[0]}x{sides[1]}"
+        )
 
 
 def load(arch, create, *args, **kwargs):
@@ -129,20 +147,14 @@ def load(arch, create, *args, **kwargs):
             f"--arch {arch}: needs a package that is optional: pip install timm open_clip_torch"
         ) from error
     except (OSError, RuntimeError) as error:
+        other = "pass a state dict as --weights FILE, or --weights none to start from a random network"
         raise InputError(
-            f"--weights: those of {arch} could not be downloaded ({str(error).splitlines()[0]}); "
-            "pass a state dict as --weights FILE, or --weights none to start from a random network"
+            f"--weights: those of {arch} could not be downloaded ({first_line(error)}); {other}"
         ) from error
 
 
-# ------------------------------------------------------------------------- timm and CLIP, optional requirements
-
-
-def timm_classifier(arch, classes, image_shape, weights=None):
-    """The Classifier of timm:NAME with a new head for `classes` classes and images of image_shape (3 or 1, H, W).
-
-    weights: imagenet or None (timm's pretrained weights), none, or a file with a state dict of the whole model.
-    """
+def timm_classifier(arch, classes, sides, weights=None):
+    """The Classifier of timm:NAME with a new head. weights: imagenet or None (timm's), none, or a file. See build."""
     timm, name = load(arch, importlib.import_module, "timm"), arch.removeprefix("timm:")
     if not timm.is_model(name.partition(".")[0]):
         raise InputError(f"--arch {arch}: timm {timm.__version__} has no such model; timm.list_models() has its names")
@@ -150,7 +162,7 @@ def timm_classifier(arch, classes, image_shape, weights=None):
     if weights not in (None, "imagenet", "none"):
         load_state(model, read_checkpoint(weights, "--weights"), f"--weights {weights}")
     model.reset_classifier(0)
-    config, sides = model.pretrained_cfg, list(image_shape[1:])
+    config = model.pretrained_cfg
     if config.get("fixed_input_size"):
         check_sides(arch, sides, list(config["input_size"][1:]))
     with torch.no_grad():  # some have more layers behind num_features
@@ -171,7 +183,7 @@ class ClipImages(nn.Module):
         return F.normalize(self.visual(images), dim=-1)
 
 
-def clip_classifier(arch, classes, image_shape=None, weights=None, names=None, prompt="{}"):
+def clip_classifier(arch, classes, weights=None, names=None, prompt="{}"):
     """The Classifier of clip:NAME. With the names of the classes its head is CLIP's zero-shot classifier: a row is the
     embedding of the prompt with the name in it, times the logit scale, and the bias is 0. Without, all is 0.
 
@@ -214,14 +226,11 @@ def batchnorms(model):
     return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 
-# ------------------------------------------------------------------------------------------ device and files
-
-
-def device_and_amp(device, amp, arch):
+def choose_device(device, amp, arch):
     """(torch.device, autocast dtype or None) for --device auto|cpu|cuda|cuda:N|mps, --amp auto|bfloat16|float16|off and
-    the name of a network. Sets, for this process, what makes the device fast.
+    the name of a network. Raises InputError if the device is not there.
 
-    auto: CUDA where there is one; there bfloat16 where it is supported, else float16. On a CPU bfloat16 where that
+    auto is CUDA where there is one; there bfloat16 where it is supported, else float16. On a CPU bfloat16 where that
     multiplies in it (AVX512-BF16 or AMX), but float32 for SMALL, which gain little. float32 anywhere else.
     """
     if device == "auto":
@@ -229,16 +238,26 @@ def device_and_amp(device, amp, arch):
     try:
         torch.zeros(1, device=device).item()  # the device meta holds no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"--device {device}: not available here ({str(error).splitlines()[0]})") from error
+        raise InputError(f"--device {device}: not available here ({first_line(error)})") from error
     device = torch.device(device)
     if amp == "auto" and device.type == "cuda":
         amp = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-    elif amp == "auto" and device.type == "cpu" and arch not in SMALL and cpu_has_bfloat16():
-        amp = "bfloat16"
-    torch.set_float32_matmul_precision("high")  # TF32 for what stays float32; no effect on a CPU
-    torch.backends.cudnn.allow_tf32 = True
-    keep_memory()
+    elif amp == "auto" and device.type == "cpu" and arch not in SMALL:
+        can = getattr(torch.cpu, "get_capabilities", dict)()  # an old torch cannot say
+        amp = "bfloat16" if can.get("avx512_bf16") or can.get("amx_bf16") else "off"
     return device, None if amp in ("auto", "off") else getattr(torch, amp)
+
+
+def tune_process():
+    """Set, for this process, what makes training fast: TF32 for what stays float32 on CUDA, and glibc's memory. glibc
+    is asked to keep what a step frees for the next one, up to blocks of 32 MB; its default hands most of it back to the
+    system, which clears and maps it anew at every step."""
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD, from malloc.h
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
 
 
 def cpu_has_bfloat16():
@@ -247,25 +266,14 @@ def cpu_has_bfloat16():
     return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
 
 
-def keep_memory():
-    """Ask glibc to keep the memory that a step frees for the next one, up to blocks of 32 MB: its default hands most of
-    it back to the system, which clears and maps it anew at every step. Elsewhere nothing happens."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD, from malloc.h
-        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
-
-
 def load_state(model, state, where):
-    """model.load_state_dict, with an InputError that lists keys that are missing, unexpected, of another shape or not
-    finite."""
+    """model.load_state_dict. Raises InputError that lists keys missing, unexpected, of another shape or not finite."""
     own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     its = {key: tuple(getattr(value, "shape", ())) for key, value in state.items()} if isinstance(state, dict) else {}
-    both = [key for key in own if key in its and own[key] != its[key]]
     problems = {
         "missing": [key for key in own if key not in its],
         "unexpected": [key for key in its if key not in own],
-        "of another shape": [f"{key} {its[key]}, not {own[key]}" for key in both],
+        "of another shape": [f"{key} {its[key]}, not {own[key]}" for key in own if its.get(key, own[key]) != own[key]],
         "not finite": [key for key in its if torch.is_tensor(state[key]) and not state[key].isfinite().all()],
     }
     if any(problems.values()):
@@ -292,8 +300,7 @@ def train_source(model, task, seed, checkpoint, steps, batch_size, lr, backbone_
     first, losses = (checkpoint.content or {}).get("steps", 0), []
     checkpoint.resume(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
     model.train()
-    bar = tqdm(range(first, steps), f"source model on {task.source}", initial=first, total=steps, unit="step")
-    for step in bar:
+    for step in tqdm(range(first, steps), f"source model on {task.source}", initial=first, total=steps, unit="step"):
         images, labels = batches(step)
         loss = F.cross_entropy(model(images), labels)
         optimizer.zero_grad()
@@ -303,10 +310,10 @@ def train_source(model, task, seed, checkpoint, steps, batch_size, lr, backbone_
         scheduler.step()
         losses.append(loss.detach())
         if checkpoint.due() or step == steps - 1:
-            check_progress(checkpoint, torch.stack(losses).tolist(), step + 1, lr, backbone_lr)
+            checkpoint.check_finite(torch.stack(losses).tolist(), step + 1, lr, backbone_lr)
             checkpoint.save(steps=step + 1)
             losses = []
-    interruptible()
+    checkpoint.stop.release()
     torch.set_num_threads(threads)
     correct = predict(model, task.source_test.images).argmax(1) == task.source_test.labels.numpy()
     print(f"source model: {100 * correct.mean():.2f} % on {len(correct)} test images of {task.source}")
@@ -327,7 +334,7 @@ def source_key(task, arch, weights, seed, amp):
     return key.hexdigest()
 
 
-def train_once(model, task, seed, path, key, arch):
+def train_once(model, task, seed, path, key, arch, stop):
     """Train the source model, unless it comes with its weights, and put it into the file `path`. Of several processes
     one does so and the others wait. Raises InputError where the device has too little memory."""
     unfinished, own = path.with_suffix(".unfinished"), f"{path.stem}*"
@@ -338,7 +345,7 @@ def train_once(model, task, seed, path, key, arch):
     try:
         if not path.exists():
             if not arch.startswith("clip:"):
-                train_source(model, task, seed, Checkpoint(unfinished, {"key": key}), **task.source_recipe)
+                train_source(model, task, seed, Checkpoint(unfinished, {"key": key}, stop), **task.source_recipe)
             content = {"model": model.state_dict(), "classes": task.classes, "arch": arch, "key": key}
             write_checkpoint(path, content)
         unfinished.unlink(missing_ok=True)
@@ -349,15 +356,28 @@ def train_once(model, task, seed, path, key, arch):
         lock.release()
 
 
-def source_model(task, arch, device="cpu", amp=None, weights=None, checkpoint=None, seed=0, cache="runs"):
+def source_state(path, key, task):
+    """The state dict of a source model's file: {"model": state dict, "classes": names}, or a bare state dict. key: what
+    source_key gave for the model that was put there, None for a file of the user's. Raises InputError if it is another
+    model's, or over other classes than the task's."""
+    saved = read_checkpoint(path, "--source-checkpoint")
+    if key is not None and not (isinstance(saved, dict) and saved.get("key") == key):
+        raise InputError(f"{path}: not the source model that was put there; delete it, to train it again")
+    if not (isinstance(saved, dict) and isinstance(saved.get("model"), dict)):
+        return saved
+    if list(saved.get("classes", task.classes)) != list(task.classes):
+        raise InputError(f"--source-checkpoint {path}: its classes or their order are not those of {task.dataset}")
+    return saved["model"]
+
+
+def source_model(task, arch, device="cpu", amp=None, weights=None, checkpoint=None, seed=0, cache="runs", stop=None):
     """The Classifier that knows all of task.classes in the source domain, in eval mode, on the device.
 
-    checkpoint: a file with {"model": state dict, "classes": names}, as runs and this function write it, or with a bare
-    state dict. Otherwise it is read from the folder cache/source_models, or trained on task.source_train and put
-    there, under a key of everything that determines it; of several processes one trains and the others wait. Raises
-    InputError if the checkpoint does not fit, or the cached file is not what was put there.
+    checkpoint: the user's file, see source_state. Without one it is read from the folder cache/source_models, or
+    trained on task.source_train and put there, under a key of everything that determines it. stop: a files.Stop, for
+    the training. Raises InputError if the file does not fit the task or the architecture.
     """
-    shape, clip = tuple(task.target_train.images.shape[1:]), arch.startswith("clip:")
+    classes, shape, clip = task.classes, task.target_train.images.shape[1:], arch.startswith("clip:")
     if task.source_train is None and not clip and checkpoint is None:
         raise InputError(f"--arch {arch}: {task.dataset} has no source images, so it takes a clip:NAME")
     key, path = None, checkpoint
@@ -369,19 +389,12 @@ def source_model(task, arch, device="cpu", amp=None, weights=None, checkpoint=No
     new = key is not None and not path.exists()
     if new and clip:
         prompt = task.source_recipe.get("prompt", "a photo of a {}.")
-        model = clip_classifier(arch, len(task.classes), shape, weights, task.classes, prompt)
+        model = clip_classifier(arch, len(classes), weights, classes, prompt)
     else:
-        model = build(arch, len(task.classes), shape, weights if new else "none")
+        model = build(arch, len(classes), shape, weights if new else "none")
     model = model.to(device, memory_format=torch.channels_last)
     model.amp = amp
-    if key is not None and (new or path.with_suffix(".unfinished").exists()):
-        train_once(model, task, seed, path, key, arch)
-    saved, where = read_checkpoint(path, "--source-checkpoint"), f"--source-checkpoint {path}"
-    if key is not None and not (isinstance(saved, dict) and saved.get("key") == key):
-        raise InputError(f"{path}: not the source model that was put there; delete it, to train it again")
-    if isinstance(saved, dict) and isinstance(saved.get("model"), dict):
-        if list(saved.get("classes", task.classes)) != list(task.classes):
-            raise InputError(f"{where}: its classes or their order are not those of {task.dataset}")
-        saved = saved["model"]
-    load_state(model, saved, where)
+    if new or (key is not None and path.with_suffix(".unfinished").exists()):
+        train_once(model, task, seed, path, key, arch, stop or Stop())
+    load_state(model, source_state(path, key, task), f"--source-checkpoint {path}")
     return model.eval()

@@ -1,6 +1,6 @@
 """Tasks of holistic transfer: which classes, which of them are seen, the images, and batches on the device.
 
-    task = load_task("digits", source="mnist", target="optdigits", seen_classes="5", split_seed=0)
+    task = load_task(TaskArgs("digits", source="mnist", target="optdigits", seen_classes="5", split_seed=0))
     images, labels = task.target_train.batches(64, "cpu", seed=0)(step=0)
 
 Images are uint8 [N, channels, H, W]; normalisation belongs to the model. Labels are int64 indices into
@@ -15,7 +15,6 @@ Images are uint8 [N, channels, H, W]; normalisation belongs to the model. Labels
     augmentation, recipe, source_recipe     as in Split and Task
 """
 
-import inspect
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +22,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eval import InputError
+from files import InputError
 
 from .augmentation import change_colours, crop_resize, generator, random_affine, random_photo
 from .batches import Batches, Split
 from .digits import DIGITS, digits
 from .domainnet import DOMAINNET
 from .femnist import FEMNIST
+from .flags import LEAST, MOST, TaskArgs, by_recipe, check_flag, default
 from .folder import FOLDER, Domain
 from .glyphs import GLYPHS, glyphs
 from .images import Images, open_images
@@ -39,8 +39,20 @@ from .office_home import OFFICE_HOME
 from .splits import pseudo_task, split_domain
 from .vtab import VTAB
 
-__all__ = ["DATASETS", "TASK_FLAGS", "Batches", "Images", "Split", "Task", "change_colours", "crop_resize", "digits"]
-__all__ += ["generator", "glyphs", "load_task", "pseudo_task", "random_affine", "random_photo", "targets"]
+__all__ = ["DATASETS", "LEAST", "MOST", "Batches", "Images", "Split", "Task", "TaskArgs", "by_recipe", "change_colours"]
+__all__ += [
+    "check_flag",
+    "crop_resize",
+    "default",
+    "digits",
+    "generator",
+    "glyphs",
+    "load_task",
+    "pseudo_task",
+    "random_affine",
+    "random_photo",
+]
+__all__ += ["targets"]
 
 DATASETS = {
     "digits": DIGITS,
@@ -120,7 +132,7 @@ def choose_seen(seen_classes, classes, present, split_seed, paper=None):
 
 def home(dataset, data_root):
     """The data set's folder below --data-root; the root itself for people's own folders."""
-    root = Path(data_root or os.environ.get("HT_DATA") or "data")
+    root = Path(data_root or os.environ.get("HT_DATA") or "datasets")
     return root if dataset == "folder" else root / dataset
 
 
@@ -143,94 +155,100 @@ def targets(dataset, source, data_root=None):
     return [name for name in domain_names(dataset, data_root) if name not in (source, only_source)]
 
 
-def load_task(
-    dataset,
-    source=None,
-    target=None,
-    seen_classes=None,
-    split_seed=0,
-    oracle=False,
-    data_root=None,
-    image_size=None,
-    download=False,
-    skip_bad_images=False,
-    ignore_unknown_classes=False,
-    pseudo_split=None,
-):
-    """The Task that the flags of the same names describe; None is the data set's default.
+def source_recipe(args, recipe):
+    """The source model's recipe with the flags --source-steps, --source-lr and --source-backbone-lr put into it."""
+    given = {"steps": args.source_steps, "lr": args.source_lr, "backbone_lr": args.source_backbone_lr}
+    for name, value in given.items():
+        if value is not None and name not in recipe:
+            raise InputError(f"--source-{name.replace('_', '-')} {value}: the source model comes trained; leave it out")
+    return recipe | {name: value for name, value in given.items() if value is not None}
+
+
+def choose_domains(args, domains):
+    """(source, target) of the flags, or the first domain and the next. Raises InputError if they cannot be."""
+    source = args.source or domains[0]
+    target = args.target or next((name for name in domains if name != source), "None")
+    for flag, domain in (("--source", source), ("--target", target)):
+        if domain not in domains:
+            raise InputError(f"{flag} {domain}: {args.dataset} has no such domain; choose from {', '.join(domains)}")
+    if source == target:
+        raise InputError(f"--target {target}: is the source too; choose another of {', '.join(domains)}")
+    able = targets(args.dataset, source, args.data_root)
+    if target not in able:
+        raise InputError(f"--target {target}: can be the source only; choose from {', '.join(able)}")
+    return source, target
+
+
+def load_domain(domain, args):
+    """The Domain of this name with its images decoded, or None where there are none to train a source model on."""
+    entry, root = DATASETS[args.dataset], home(args.dataset, args.data_root)
+    if args.download:
+        if "download" not in entry:
+            about = entry.get("about", "It needs none.").strip()
+            raise InputError(f"--download: not offered for {args.dataset}. {about}")
+        entry["download"](domain, root)
+    found = entry["load"](domain, root)
+    if found is None:
+        return None
+    found = Domain(*found)
+    if isinstance(found.images, list):
+        size = args.image_size or entry["recipe"]["image_size"]
+        name, cache = f"{args.dataset}-{domain}", cache_folder(args.dataset, root)
+        images, good = open_images(name, root, found.images, size, cache, args.skip_bad_images)
+        return found.take(images, good)
+    if args.image_size is not None:
+        raise InputError(f"--image-size {args.image_size}: the images of {domain} have one size; leave the flag out")
+    return found
+
+
+def make_split(domain, index, augmentation):
+    """The Split of the images `index` of a Domain."""
+    images = domain.images
+    images = images.subset(index) if isinstance(images, Images) else torch.from_numpy(images[index])
+    return Split(images, torch.from_numpy(domain.labels[index]), augmentation)
+
+
+def load_task(args):
+    """The Task that the flags describe: a TaskArgs, or the arguments of a script, which hold them too.
 
     The target's images are split as published or else 7:3 within each class by `split_seed`, which also draws the seen
     classes; the source's as published or else 9:1, always the same way. Raises InputError on anything that does not
     exist, and on a target class that the source does not know, unless ignore_unknown_classes leaves its images out.
     """
-    domains = domain_names(dataset, data_root)
-    if split_seed < 0:
-        raise InputError(f"--split-seed {split_seed}: must be 0 or more")
-    entry, root = DATASETS[dataset], home(dataset, data_root)
-    source = source or domains[0]
-    target = target or next((name for name in domains if name != source), "None")
-    for flag, domain in (("--source", source), ("--target", target)):
-        if domain not in domains:
-            raise InputError(f"{flag} {domain}: {dataset} has no such domain; choose from {', '.join(domains)}")
-    if source == target:
-        raise InputError(f"--target {target}: is the source too; choose another of {', '.join(domains)}")
-    if target not in (able := targets(dataset, source, data_root)):
-        raise InputError(f"--target {target}: can be the source only; choose from {', '.join(able)}")
-    recipe = dict(entry["recipe"])
-    if image_size is not None and "image_size" not in recipe:
-        raise InputError(f"--image-size {image_size}: the images of {dataset} have one size; leave the flag out")
-
-    def load(domain):
-        if download:
-            if "download" not in entry:
-                raise InputError(
-                    f"--download: not offered for {dataset}. {entry.get('about', 'It needs none.').strip()}"
-                )
-            entry["download"](domain, root)
-        found = entry["load"](domain, root)
-        if found is None:
-            return None
-        found = Domain(*found)
-        if isinstance(found.images, list):
-            size, cache, name = image_size or recipe["image_size"], cache_folder(dataset, root), f"{dataset}-{domain}"
-            images, good = open_images(name, root, found.images, size, cache, skip_bad_images)
-            others = [None if array is None else array[good] for array in (found.labels, found.test, found.group)]
-            found = Domain(images, others[0], found.classes, *others[1:])
-        elif image_size is not None:
-            raise InputError(f"--image-size {image_size}: the images of {domain} have one size; leave the flag out")
-        return found
-
-    def split(domain, index):
-        images = domain.images
-        images = images.subset(index) if isinstance(images, Images) else torch.from_numpy(images[index])
-        return Split(images, torch.from_numpy(domain.labels[index]), entry["augmentation"])
-
-    whole, source_splits, source_recipe = load(source), (None, None), entry["source_recipe"]
-    if whole is not None:
-        index = split_domain(whole, 0.9, np.random.default_rng(0), keep_single=True)
-        source_splits = [split(whole, i) for i in index]
-    else:
-        source_recipe = {"prompt": entry["prompts"][target]}
-    here = load(target)
+    domains = domain_names(args.dataset, args.data_root)
+    if args.split_seed < 0:
+        raise InputError(f"--split-seed {args.split_seed}: must be 0 or more")
+    entry = DATASETS[args.dataset]
+    if args.image_size is not None and "image_size" not in entry["recipe"]:
+        raise InputError(
+            f"--image-size {args.image_size}: the images of {args.dataset} have one size; leave the flag out"
+        )
+    source, target = choose_domains(args, domains)
+    whole, here = load_domain(source, args), load_domain(target, args)
     classes = whole.classes if whole else here.classes
-    here = relabel(here, classes, target, ignore_unknown_classes)
-    train, test = split_domain(here, 0.7, np.random.default_rng((split_seed, 1)))
+    here = relabel(here, classes, target, args.ignore_unknown_classes)
+    train, test = split_domain(here, 0.7, np.random.default_rng((args.split_seed, 1)))
     present = np.isin(np.arange(len(classes)), here.labels[train])
     paper = entry.get("paper", {}).get(source)
-    default = entry.get("seen", "half")
-    if default == "half" or (default == "paper" and paper is None):
-        default = str(len(classes) // 2)
-    seen_classes = seen_classes or default
-    seen = choose_seen(seen_classes, classes, present, split_seed, paper)
-    if not oracle:
+    seen_classes = args.seen_classes or entry.get("seen", "half")
+    if seen_classes == "half" or (args.seen_classes is None and seen_classes == "paper" and paper is None):
+        seen_classes = str(len(classes) // 2)
+    seen = choose_seen(seen_classes, classes, present, args.split_seed, paper)
+    if not args.oracle:
         train = train[seen.numpy()[here.labels[train]]]
     elif not (present & ~seen.numpy()).any():
         raise InputError(f"--oracle: the target {target} has training images of the seen classes only")
     if not len(test):
         raise InputError(f"--target {target}: no image is left to test on")
-    splits = *source_splits, split(here, train), split(here, test)
-    task = Task(dataset, source, target, classes, seen, *splits, recipe, source_recipe, seen_classes)
-    return task if pseudo_split is None else pseudo_task(task, split_seed, pseudo_split)
+    splits = [None, None]
+    recipe = {"prompt": entry["prompts"][target]} if whole is None else entry["source_recipe"]
+    if whole is not None:
+        index = split_domain(whole, 0.9, np.random.default_rng(0), keep_single=True)
+        splits = [make_split(whole, part, entry["augmentation"]) for part in index]
+    splits += [make_split(here, part, entry["augmentation"]) for part in (train, test)]
+    recipes = dict(entry["recipe"]), source_recipe(args, recipe)
+    task = Task(args.dataset, source, target, classes, seen, *splits, *recipes, seen_classes)
+    return task if args.pseudo_split is None else pseudo_task(task, args.split_seed, args.pseudo_split)
 
 
 def relabel(domain, classes, name, ignore_unknown):
@@ -249,7 +267,4 @@ def relabel(domain, classes, name, ignore_unknown):
     if not len(kept):
         raise InputError(f"--target {name}: none of its images is of a class of the source")
     images = domain.images.subset(kept) if isinstance(domain.images, Images) else domain.images[kept]
-    return Domain(images, labels[kept], classes, *(a if a is None else a[kept] for a in (domain.test, domain.group)))
-
-
-TASK_FLAGS = tuple(inspect.signature(load_task).parameters)  # those flags of a script that make its task
+    return domain._replace(labels=labels, classes=classes).take(images, kept)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from eval import InputError, predict
+from files import InputError
 
 from .augmentation import generator, random_affine, random_photo
 from .images import Images
@@ -44,7 +44,7 @@ class Batches:
             )
         self.split, self.batch_size, self.seed = split, batch_size, seed
         self.device, self.augment = torch.device(device), augment
-        self.order, self.order_of, self.logits_of_all = None, None, None
+        self.order, self.order_of = None, None
         self.images, self.labels, self.reader, self.stream, self.ahead = split.images, split.labels, None, None, None
         on_cuda, in_memory = self.device.type == "cuda", isinstance(split.images, torch.Tensor)
         if resident == "auto" and on_cuda:
@@ -105,16 +105,6 @@ class Batches:
             change = random_photo if "crop" in self.split.augmentation else random_affine
             images = change(images, generator(self.device, self.seed, 1, step), **self.split.augmentation)
         return images.contiguous(memory_format=torch.channels_last), labels
-
-    @torch.no_grad()
-    def logits(self, model, images, step):
-        """float32 logits [batch_size, C] of a model in eval mode for the images of a step. It must be one and the same
-        model, with the same weights, at every call: without augmentation each image goes through it only once."""
-        if self.augment and self.split.augmentation:
-            return model(images)
-        if self.logits_of_all is None:
-            self.logits_of_all = torch.from_numpy(predict(model, self.split.images)).to(self.device)
-        return self.logits_of_all[self.index(step, None).to(self.device, non_blocking=True)]
 
 
 @dataclass

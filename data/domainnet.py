@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from eval import InputError
+from files import InputError
 
 from .download import fetch, unpack
 from .folder import PHOTO, PHOTO_RECIPE, PHOTO_SOURCE, named, need, read_list

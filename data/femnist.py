@@ -6,9 +6,10 @@ import string
 from functools import lru_cache
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
-from eval import InputError, read_arrays, write_atomic
+from files import InputError, read_checkpoint, write_checkpoint
 
 from .digits import INK, SMALL_RECIPE, SMALL_SOURCE
 from .folder import Domain, need
@@ -37,31 +38,36 @@ def read(root):
     if not paths:
         raise InputError(f"{root}/train: no .json file\n\n{ABOUT.strip()}")
     stats = [(path.parent.name, path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    key = hashlib.sha256(json.dumps(["femnist 1", *stats]).encode()).hexdigest()[:16]
-    cache = root.parent / ".cache" / f"femnist-{key}.npz"
+    key = hashlib.sha256(json.dumps(["femnist 2", *stats]).encode()).hexdigest()[:16]
+    cache = root.parent / ".cache" / f"femnist-{key}.pt"
     if not cache.exists():
-        parts = [part for path in tqdm(paths, desc="reading femnist", unit="file") for part in read_json(path)]
-        if not parts:
-            raise InputError(f"{root}: its .json files hold no image")
-        keys = {}
-        for part, (writer, images, _, _) in enumerate(parts):  # dict: the first of equal images stays, and the order
-            for i, image in enumerate(images):
-                keys.setdefault((writer, hashlib.blake2b(image.tobytes()).digest()), (part, i))
-        kept = [[] for _ in parts]
-        for part, i in keys.values():
-            kept[part].append(i)
-        arrays = {
-            "images": np.concatenate([images[i] for (_, images, _, _), i in zip(parts, kept, strict=True)]),
-            "labels": np.concatenate([labels[i] for (_, _, labels, _), i in zip(parts, kept, strict=True)]),
-            "writers": np.repeat([part[0] for part in parts], list(map(len, kept))),
-            "test": np.repeat([part[3] for part in parts], list(map(len, kept))),
-        }
-        try:
-            write_atomic(cache, lambda stream: np.savez(stream, **arrays))
-        except OSError as error:
-            raise InputError(f"--data-root {root.parent}: its folder .cache cannot be written ({error})") from error
-    names = ("images", "labels", "writers", "test")
-    return dict(zip(names, read_arrays(cache, names, "a whole file of the cache, so delete it"), strict=True))
+        write_checkpoint(cache, read_writers(root, paths))
+    content = read_checkpoint(cache, "delete the cache file")
+    try:
+        return {name: np.asarray(content[name]) for name in ("images", "labels", "writers", "test")}
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{cache}: not a whole file of the cache ({error!r}); delete it") from error
+
+
+def read_writers(root, paths):
+    """What `read` keeps in its cache file, tensors and a list of names, from LEAF's files."""
+    parts = [part for path in tqdm(paths, desc="reading femnist", unit="file") for part in read_json(path)]
+    if not parts:
+        raise InputError(f"{root}: its .json files hold no image")
+    keys = {}
+    for part, (writer, images, _, _) in enumerate(parts):  # dict: the first of equal images stays, and the order
+        for i, image in enumerate(images):
+            keys.setdefault((writer, hashlib.blake2b(image.tobytes()).digest()), (part, i))
+    kept = [[] for _ in parts]
+    for part, i in keys.values():
+        kept[part].append(i)
+    sizes = list(map(len, kept))
+    return {
+        "images": torch.from_numpy(np.concatenate([part[1][i] for part, i in zip(parts, kept, strict=True)])),
+        "labels": torch.from_numpy(np.concatenate([part[2][i] for part, i in zip(parts, kept, strict=True)])),
+        "writers": np.repeat([part[0] for part in parts], sizes).tolist(),
+        "test": torch.from_numpy(np.repeat([part[3] for part in parts], sizes)),
+    }
 
 
 def read_json(path):

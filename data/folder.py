@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from eval import InputError
+from files import InputError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
@@ -30,6 +30,11 @@ class Domain(NamedTuple):
     classes: list
     test: np.ndarray | None = None
     group: np.ndarray | None = None
+
+    def take(self, images, index):
+        """The Domain of the images `index`, int64 [n], which are given as they are kept from here on."""
+        labels, test, group = (array if array is None else array[index] for array in self[1:2] + self[3:])
+        return Domain(images, labels, self.classes, test, group)
 
 
 def need(path, about):

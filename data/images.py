@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from eval import InputError, write_atomic, write_text
+from files import InputError, write_atomic, write_text
 
 from . import decode
 

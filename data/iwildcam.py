@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from eval import InputError
+from files import InputError
 
 from .folder import PHOTO, PHOTO_RECIPE, PHOTO_SOURCE, Domain, need
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from eval import InputError
+from files import InputError
 
 from .batches import Split
 from .images import Images

@@ -4,7 +4,7 @@ import pickle
 
 import numpy as np
 
-from eval import InputError
+from files import InputError
 
 from .download import fetch, unpack
 from .folder import PHOTO, PHOTO_RECIPE, Domain, class_tree, entries, folders, named, need
@@ -157,13 +157,25 @@ def resisc45(root):
     return named(*class_tree(root, below))
 
 
+LOADERS = {
+    "cifar100": cifar100,
+    "caltech101": caltech101,
+    "dtd": dtd,
+    "eurosat": eurosat,
+    "flowers102": flowers102,
+    "pets": pets,
+    "sun397": sun397,
+    "resisc45": resisc45,
+}
+
+
 def vtab(domain, root):
     """The set's images, in its published split where it has one (else 7:3 by --split-seed); None for clip."""
     if domain == "clip":
         return None
     need(root / SOURCES[domain][0], ABOUT)
     try:
-        return globals()[domain](root)  # the function of the set's name
+        return LOADERS[domain](root)
     except OSError as error:
         raise InputError(f"{error}: vtab/{SOURCES[domain][0]} is not as published\n\n{ABOUT.strip()}") from error
 

@@ -15,142 +15,121 @@ import copy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # data, models and eval: beside this file or one folder up
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # the modules: beside this file or one folder up
 import data
 import models
-from eval import Run
+import runs
 
 
 @dataclass
-class Args:
-    dataset: str = "digits"
-    """a name in data.DATASETS"""
-    source: str | None = None
-    """domain of the source model; None, here and below: what the data set's recipe in data/ says"""
-    target: str | None = None
-    """domain to adapt to"""
-    seen_classes: str | None = None
-    """with target training images: how many (drawn by split_seed), a file with a name per line, paper, data (all)"""
-    oracle: bool = False
-    """train on target images of all classes: the upper bound, not a method"""
-    split_seed: int = 0
-    """which classes are seen, and which target images are for training"""
-    seed: int = 0
-    """order and augmentation of the training images, and all other randomness of the method"""
-    pseudo_split: int | None = None
-    """k for run k of PCV calibration: some seen classes play the unseen, and their held-out images are the test"""
-    source_seed: int = 0
-    """the source model's training"""
-    arch: str | None = None
-    """small_cnn, lenet, a classifier of torchvision (resnet50, vit_b_16, ...), timm:NAME, clip:NAME"""
-    weights: str | None = None
-    """where a pretrained backbone starts: imagenet, none, a state dict's file, or a tag of open_clip"""
-    source_checkpoint: str | None = None
-    """a source model to start from instead of training one"""
-    epochs: int | None = None
-    """evaluations after the source model's; the last one counts"""
-    steps_per_epoch: int | None = None
-    """gradient steps between two evaluations"""
-    batch_size: int | None = None
-    """images per step"""
-    lr: float | None = None
-    """initial learning rate of the head (cosine schedule to 0)"""
-    backbone_lr: float | None = None
-    """initial learning rate of the backbone"""
-    weight_decay: float = 5e-4
-    """on every parameter that trains"""
-    clip_grad: float | None = None
-    """largest norm of the gradient; inf: no clipping"""
-    bn_mode: Literal["eval", "train"] = "eval"
-    """BatchNorm while adapting: eval keeps the source's statistics, train is the published recipe"""
-    augment: bool = True
-    """random augmentation of the training images (its strength belongs to the data set)"""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps"""
-    amp: Literal["auto", "bfloat16", "float16", "off"] = "auto"
-    """autocast dtype; auto: on CUDA, and on a CPU where it multiplies in bfloat16 and the network is not small"""
-    compile: bool = False
-    """torch.compile the model"""
-    resident: Literal["auto", "on", "off"] = "auto"
-    """keep the training images on the device; auto: on CUDA, if they take at most half of its free memory"""
-    data_root: str | None = None
-    """folder with one folder per data set; None: $HT_DATA, else data/"""
-    download: bool = False
-    """fetch what is missing, where there is a stable address"""
-    image_size: int | None = None
-    """side of the squares that photographs are resized to"""
-    skip_bad_images: bool = False
-    """leave out images that cannot be read, instead of stopping"""
-    ignore_unknown_classes: bool = False
-    """leave out target images of classes that the source does not know, instead of stopping"""
-    runs_dir: str = "runs"
-    """where run folders and source models are kept"""
-    name: str | None = None
-    """the method's name in the run folder, to keep variants apart; None: this script's"""
-    checkpoint_every: float = 5.0
-    """minutes between checkpoints, from which the same command goes on; 0: one after every step"""
-    save_model: bool = True
-    """keep the adapted weights as model.pt"""
-    overwrite: bool = False
-    """start anew, whatever the run folder holds"""
+class Method:
     reference: Literal["lumped", "gap"] = "lumped"
     """what P preserves"""
     scope: Literal["global", "layer"] = "global"
     """project the whole gradient, or every parameter's by itself"""
     memory: float = 0.5
-    """weight of the step before's reference in this step's: a batch's own gradient of P is noisy; 0 for none"""
+    """weight of the last step's reference in this one's: one batch's is noisy"""
+
+
+@dataclass
+class Training:
+    epochs: Annotated[int | None, data.by_recipe("INT", "epochs")] = None
+    """evaluations after the source model's; the last one counts"""
+    steps_per_epoch: Annotated[int | None, data.by_recipe("INT", "steps_per_epoch")] = None
+    """gradient steps between two evaluations"""
+    batch_size: Annotated[int | None, data.by_recipe("INT", "batch_size")] = None
+    """images per step"""
+    lr: Annotated[float | None, data.by_recipe("FLOAT", "lr")] = None
+    """initial rate of the head, cosine to 0"""
+    backbone_lr: Annotated[float | None, data.by_recipe("FLOAT", "backbone_lr")] = None
+    """initial rate of the backbone"""
+    weight_decay: float = 5e-4
+    """on every parameter that trains"""
+    clip_grad: Annotated[float | None, data.by_recipe("FLOAT", "clip_grad")] = None
+    """largest norm of the gradient"""
+    bn_mode: Literal["eval", "train"] = "eval"
+    """BatchNorm: eval keeps the source's statistics"""
+    augment: bool = True
+    """random changes of the training images, as the data set says"""
+    seed: int = 0
+    """order and augmentation of the images, and all other randomness"""
+
+
+@dataclass
+class Args(Method, Training, data.TaskArgs, runs.RunArgs):
+    """All flags."""
 
 
 def preservation(logits, source_logits, seen, reference):
     """P >= 0 for logits [N, C], 0 where they are the source's or nothing is unseen: see the header."""
     z = torch.stack([logits, source_logits])  # masks, not indices, which would wait for the device
     if reference == "gap":
-        gap, source_gap = (z * (seen / seen.sum() - ~seen / (~seen).sum().clamp_min(1))).sum(2).mean(1)
+        weight = seen / seen.sum() - ~seen / (~seen).sum().clamp_min(1)
+        gap, source_gap = (z * weight).sum(2).mean(1)
         kept = (gap - source_gap).square()
     else:
-        lumped = torch.cat([z.masked_fill(seen, -1e4), z.masked_fill(~seen, -1e4).logsumexp(2, keepdim=True)], 2)
-        kept = F.kl_div(*lumped.log_softmax(2), reduction="batchmean", log_target=True)
+        all_seen = z.masked_fill(~seen, -1e4).logsumexp(2, keepdim=True)
+        lumped = torch.cat([z.masked_fill(seen, -1e4), all_seen], 2).log_softmax(2)
+        kept = F.kl_div(lumped[0], lumped[1], reduction="batchmean", log_target=True)
     return kept * (~seen).any()
 
 
-def remember(references, optimizer, trained, memory):
-    """The references p of this step plus memory times what this gave the step before, in float32. They are kept in the
-    optimizer's state; what overflowed in float16 counts as 0."""
-    for parameter, fresh in zip(trained, references, strict=True):
+def remember(references, states, memory):
+    """The references p of this step plus memory times what this gave the step before, in float32.
+
+    states: a dict for each parameter, the optimizer's, so that a checkpoint has them. What overflowed in float16
+    counts as 0.
+    """
+    for fresh, state in zip(references, states, strict=True):
         fresh = fresh.float().nan_to_num(0, 0, 0)
-        state = optimizer.state[parameter]
         state["reference"] = fresh + memory * state["reference"] if "reference" in state else fresh
-    return [optimizer.state[parameter]["reference"] for parameter in trained]
+    return [state["reference"] for state in states]
+
+
+def dots(xs, ys):
+    """The dot product of each two tensors, in float32, as one tensor."""
+    return torch.stack([(x * y).sum() for x, y in zip(xs, ys, strict=True)])
 
 
 def project(gradients, references, scope):
-    """Take out of the gradients g what conflicts with the references p: g - min(0, g.p) / p.p p, in float32, over all
-    tensors as one vector (scope global) or each by itself (layer). Returns the new ones, the cosine of g and p
-    over all tensors, and the share of vectors that conflicted, both as tensors."""
-    g, p = ([x.float() for x in xs] for xs in (gradients, references))
-    dot, pp, gg = (torch.stack([(a * b).sum() for a, b in zip(x, y, strict=True)]) for x, y in ((g, p), (p, p), (g, g)))
-    cosine = dot.sum() / (pp.sum() * gg.sum()).sqrt().clamp_min(1e-30)
+    """Take out of the gradients g what conflicts with the references p: g - min(0, g.p) / p.p p, in float32.
+
+    scope: global, all tensors as one vector, or layer, each by itself. Returns the new gradients, the cosine of g and p
+    over all tensors, and the share of vectors that conflicted, both as tensors.
+    """
+    g, p = [x.float() for x in gradients], [x.float() for x in references]
+    gp, pp, gg = dots(g, p), dots(p, p), dots(g, g)
+    cosine = gp.sum() / (pp.sum() * gg.sum()).sqrt().clamp_min(1e-30)
     if scope == "global":
-        dot, pp = dot.sum().expand(len(g)), pp.sum().expand(len(g))
-    factor = dot.clamp_max(0) / pp.clamp_min(1e-30)  # p = 0 conflicts with nothing
-    return [a - f * b for a, b, f in zip(g, p, factor, strict=True)], cosine, (dot < 0).float().mean()
+        gp, pp = gp.sum().expand(len(g)), pp.sum().expand(len(g))
+    factor = gp.clamp_max(0) / pp.clamp_min(1e-30)  # p = 0 conflicts with nothing
+    return [a - f * b for a, b, f in zip(g, p, factor, strict=True)], cosine, (gp < 0).float().mean()
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    with Run(__file__, args) as run:
-        task = data.load_task(**{name: getattr(args, name) for name in data.TASK_FLAGS})
+    args = runs.parse(Args)
+    with runs.Run(__file__, args) as run:
+        data.check_flag("memory", args.memory, 0, 1)
+        task = data.load_task(args)
         args = run.open(task)
-        device, amp = models.device_and_amp(args.device, args.amp, args.arch)
+        models.tune_process()
+        device, amp = models.choose_device(args.device, args.amp, args.arch)
         batches = task.target_train.batches(args.batch_size, device, args.seed, args.augment, args.resident)
         source_model = models.source_model(
-            task, args.arch, device, amp, args.weights, args.source_checkpoint, args.source_seed, args.runs_dir
+            task,
+            args.arch,
+            device,
+            amp,
+            args.weights,
+            args.source_checkpoint,
+            args.source_seed,
+            args.runs_dir,
+            run.stop,
         )
         torch.manual_seed(args.seed)
         model = copy.deepcopy(source_model)
@@ -164,7 +143,7 @@ if __name__ == "__main__":
         seen = (task.seen | args.oracle).to(device)  # with images of all classes, none is unseen
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
-        run.evaluate(0, model)
+        run.start(model)
         run.resume(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
         for epoch in range(run.epoch, args.epochs + 1):
             model.train()
@@ -172,12 +151,14 @@ if __name__ == "__main__":
                 layer.train(args.bn_mode == "train")
             for step in range(run.steps, epoch * args.steps_per_epoch):
                 images, labels = batches(step)
-                source_logits, logits = batches.logits(source_model, images, step), model(images)
+                with torch.no_grad():
+                    source_logits = source_model(images)
+                logits = model(images)
                 loss = F.cross_entropy(logits, labels)
                 kept = preservation(logits, source_logits, seen, args.reference)
                 gradients = torch.autograd.grad(scaler.scale(loss), trained, retain_graph=True)
                 references = torch.autograd.grad(scaler.scale(kept), trained)
-                references = remember(references, optimizer, trained, args.memory)
+                references = remember(references, [optimizer.state[parameter] for parameter in trained], args.memory)
                 projected, cosine, share = project(gradients, references, args.scope)
                 for parameter, gradient in zip(trained, projected, strict=True):
                     parameter.grad = gradient

@@ -11,98 +11,56 @@ import copy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # data, models and eval: beside this file or one folder up
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # the modules: beside this file or one folder up
 import data
 import models
-from eval import Run, predict
+import runs
 
 
 @dataclass
-class Args:
-    dataset: str = "digits"
-    """a name in data.DATASETS"""
-    source: str | None = None
-    """domain of the source model; None, here and below: what the data set's recipe in data/ says"""
-    target: str | None = None
-    """domain to adapt to"""
-    seen_classes: str | None = None
-    """with target training images: how many (drawn by split_seed), a file with a name per line, paper, data (all)"""
-    oracle: bool = False
-    """train on target images of all classes: the upper bound, not a method"""
-    split_seed: int = 0
-    """which classes are seen, and which target images are for training"""
-    seed: int = 0
-    """order and augmentation of the training images, and all other randomness of the method"""
-    pseudo_split: int | None = None
-    """k for run k of PCV calibration: some seen classes play the unseen, and their held-out images are the test"""
-    source_seed: int = 0
-    """the source model's training"""
-    arch: str | None = None
-    """small_cnn, lenet, a classifier of torchvision (resnet50, vit_b_16, ...), timm:NAME, clip:NAME"""
-    weights: str | None = None
-    """where a pretrained backbone starts: imagenet, none, a state dict's file, or a tag of open_clip"""
-    source_checkpoint: str | None = None
-    """a source model to start from instead of training one"""
-    epochs: int | None = None
-    """evaluations after the source model's; the last one counts"""
-    steps_per_epoch: int | None = None
-    """gradient steps between two evaluations"""
-    batch_size: int | None = None
-    """images per step"""
-    lr: float | None = None
-    """initial learning rate of the head (cosine schedule to 0)"""
-    backbone_lr: float | None = None
-    """initial learning rate of the backbone"""
-    weight_decay: float = 5e-4
-    """on every parameter that trains"""
-    clip_grad: float | None = None
-    """largest norm of the gradient; inf: no clipping"""
-    bn_mode: Literal["eval", "train"] = "eval"
-    """BatchNorm while adapting: eval keeps the source's statistics, train is the published recipe"""
-    augment: bool = True
-    """random augmentation of the training images (its strength belongs to the data set)"""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps"""
-    amp: Literal["auto", "bfloat16", "float16", "off"] = "auto"
-    """autocast dtype; auto: on CUDA, and on a CPU where it multiplies in bfloat16 and the network is not small"""
-    compile: bool = False
-    """torch.compile the model"""
-    resident: Literal["auto", "on", "off"] = "auto"
-    """keep the training images on the device; auto: on CUDA, if they take at most half of its free memory"""
-    data_root: str | None = None
-    """folder with one folder per data set; None: $HT_DATA, else data/"""
-    download: bool = False
-    """fetch what is missing, where there is a stable address"""
-    image_size: int | None = None
-    """side of the squares that photographs are resized to"""
-    skip_bad_images: bool = False
-    """leave out images that cannot be read, instead of stopping"""
-    ignore_unknown_classes: bool = False
-    """leave out target images of classes that the source does not know, instead of stopping"""
-    runs_dir: str = "runs"
-    """where run folders and source models are kept"""
-    name: str | None = None
-    """the method's name in the run folder, to keep variants apart; None: this script's"""
-    checkpoint_every: float = 5.0
-    """minutes between checkpoints, from which the same command goes on; 0: one after every step"""
-    save_model: bool = True
-    """keep the adapted weights as model.pt"""
-    overwrite: bool = False
-    """start anew, whatever the run folder holds"""
+class Method:
     distill: Literal["mass", "lumped", "unseen", "all"] = "mass"
-    """outcomes: seen share of cut images; the unseen classes and all seen as one; unseen classes; all classes"""
+    """outcomes: seen share of cut images; unseen and all seen as one; unseen; all"""
     distill_weight: float = 5.0
     """weight of the distillation term"""
     rank_weight: float = 0.0
     """weight of the decorrelation term"""
     late_lr: float = 0.06
-    """with distillation: the last layer's learning rate relative to the first's, geometric between them"""
+    """the last layer's rate relative to the first's, geometric between them"""
+
+
+@dataclass
+class Training:
+    epochs: Annotated[int | None, data.by_recipe("INT", "epochs")] = None
+    """evaluations after the source model's; the last one counts"""
+    steps_per_epoch: Annotated[int | None, data.by_recipe("INT", "steps_per_epoch")] = None
+    """gradient steps between two evaluations"""
+    batch_size: Annotated[int | None, data.by_recipe("INT", "batch_size")] = None
+    """images per step"""
+    lr: Annotated[float | None, data.by_recipe("FLOAT", "lr")] = None
+    """initial rate of the head, cosine to 0"""
+    backbone_lr: Annotated[float | None, data.by_recipe("FLOAT", "backbone_lr")] = None
+    """initial rate of the backbone"""
+    weight_decay: float = 5e-4
+    """on every parameter that trains"""
+    clip_grad: Annotated[float | None, data.by_recipe("FLOAT", "clip_grad")] = None
+    """largest norm of the gradient"""
+    bn_mode: Literal["eval", "train"] = "eval"
+    """BatchNorm: eval keeps the source's statistics"""
+    augment: bool = True
+    """random changes of the training images, as the data set says"""
+    seed: int = 0
+    """order and augmentation of the images, and all other randomness"""
+
+
+@dataclass
+class Args(Method, Training, data.TaskArgs, runs.RunArgs):
+    """All flags."""
 
 
 def cut_mix(images, rng):
@@ -112,16 +70,18 @@ def cut_mix(images, rng):
     return torch.where(torch.where(down < 0.5, x, y[:, None]) > 0.2 + 0.6 * cut, images.roll(1, 0), images)
 
 
-def distillation(logits, teacher_logits, seen, outcomes):
-    """KL(teacher || student), mean over the batch, for logits [N, C] and seen bool [C]; outcomes as in Args.distill."""
-    z = torch.stack([logits, teacher_logits]).log_softmax(2)
+def distillation(logits, source_logits, seen, outcomes):
+    """KL(source || model), mean over the batch, for logits [N, C] and seen bool [C]; outcomes: as the flag distill."""
+    z = torch.stack([logits, source_logits]).log_softmax(2)
     share = z.masked_fill(~seen, -1e4).logsumexp(2, keepdim=True)  # z[..., seen] would wait for the device
     if outcomes in ("unseen", "lumped"):
         z = z.masked_fill(seen, -1e4)
+        # of the unseen classes alone, so that all of them can sink together; or with the seen ones as one more class
         z = z.log_softmax(2) if outcomes == "unseen" else torch.cat([z, share], 2)
     if outcomes == "mass":
-        student, teacher = share.exp().mean((1, 2))
-        z = torch.stack([student, (teacher + seen.to(z).mean()) / 2])[:, None, None]
+        mean, source_mean = share.exp().mean((1, 2))
+        wanted = (source_mean + seen.to(z).mean()) / 2  # the source alone is biased where it is weak
+        z = torch.stack([mean, wanted])[:, None, None]
         z = torch.cat([1 - z, z], 2).clamp(1e-6, 1).log()
     return F.kl_div(z[0], z[1], reduction="batchmean", log_target=True)
 
@@ -132,9 +92,9 @@ def decorrelation(features):
     return (z.T @ z / len(z)).fill_diagonal_(0).square().sum() / (z.shape[1] * (z.shape[1] - 1))
 
 
-def effective_rank(model, images):
-    """exp of the entropy of the normalised singular values of the images' features [N, D]: from 1 to min(N, D)."""
-    share = torch.linalg.svdvals(torch.from_numpy(predict(model, images, return_features=True)[1]))
+def effective_rank(features):
+    """exp of the entropy of the normalised singular values of features [N, D]: from 1 to min(N, D)."""
+    share = torch.linalg.svdvals(features)
     return float(torch.special.entr(share / share.sum()).sum().exp())
 
 
@@ -145,14 +105,25 @@ def slow_down(groups, late_lr):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    with Run(__file__, args) as run:
-        task = data.load_task(**{name: getattr(args, name) for name in data.TASK_FLAGS})
+    args = runs.parse(Args)
+    with runs.Run(__file__, args) as run:
+        for flag, least in (("distill_weight", 0), ("rank_weight", 0), ("late_lr", data.LEAST)):
+            data.check_flag(flag, getattr(args, flag), least)
+        task = data.load_task(args)
         args = run.open(task)
-        device, amp = models.device_and_amp(args.device, args.amp, args.arch)
+        models.tune_process()
+        device, amp = models.choose_device(args.device, args.amp, args.arch)
         batches = task.target_train.batches(args.batch_size, device, args.seed, args.augment, args.resident)
         source_model = models.source_model(
-            task, args.arch, device, amp, args.weights, args.source_checkpoint, args.source_seed, args.runs_dir
+            task,
+            args.arch,
+            device,
+            amp,
+            args.weights,
+            args.source_checkpoint,
+            args.source_seed,
+            args.runs_dir,
+            run.stop,
         )
         torch.manual_seed(args.seed)
         model = copy.deepcopy(source_model)
@@ -167,9 +138,13 @@ if __name__ == "__main__":
         seen = (task.seen | args.oracle).to(device)  # with images of all classes, none is unseen
         cut_images = max(2, args.batch_size // 8) if args.distill == "mass" and args.distill_weight else 0
 
-        run.evaluate(0, model, effective_rank=effective_rank(model, task.target_train.images))
-        if run.source_train_accuracy < 50:
-            print(f"warning: a weak teacher, {run.source_train_accuracy:.1f} % on the target's training images")
+        def rank_now():
+            _, features = models.predict(model, task.target_train.images, return_features=True)
+            return effective_rank(torch.from_numpy(features))
+
+        run.start(model, effective_rank=rank_now())
+        if run.source["train_accuracy"] < 50:
+            print(f"warning: a weak teacher, {run.source['train_accuracy']:.1f} % on the target's training images")
         run.resume(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
         for epoch in range(run.epoch, args.epochs + 1):
             model.train()
@@ -177,13 +152,15 @@ if __name__ == "__main__":
                 layer.train(args.bn_mode == "train")
             for step in range(run.steps, epoch * args.steps_per_epoch):
                 images, labels = batches(step)
+                # what is cut from two images is of no class: no label speaks of it, so the source model does
                 cut = cut_mix(images[:cut_images], data.generator(device, args.seed, 3, step))
                 logits, features = model(torch.cat([images, cut]), return_features=True)
                 loss = F.cross_entropy(logits[: len(images)], labels)
                 if args.distill_weight:
                     with torch.no_grad():
-                        teacher = source_model(cut) if cut_images else batches.logits(source_model, images, step)
-                    loss += args.distill_weight * distillation(logits[-len(teacher) :], teacher, seen, args.distill)
+                        source_logits = source_model(cut if cut_images else images)
+                    own = logits[-len(source_logits) :]
+                    loss += args.distill_weight * distillation(own, source_logits, seen, args.distill)
                 if args.rank_weight:
                     loss += args.rank_weight * decorrelation(features[: len(images)])
                 optimizer.zero_grad()
@@ -194,6 +171,5 @@ if __name__ == "__main__":
                 scaler.update()
                 scheduler.step()
                 run.step(loss, images)
-            rank = effective_rank(model, task.target_train.images) if epoch == args.epochs else None
-            run.evaluate(epoch, model, effective_rank=rank)
+            run.evaluate(epoch, model, effective_rank=rank_now() if epoch == args.epochs else None)
         run.finish(model)

@@ -12,90 +12,19 @@ import copy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # data, models and eval: beside this file or one folder up
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # the modules: beside this file or one folder up
 import data
 import models
-from eval import Run
+import runs
 
 
 @dataclass
-class Args:
-    dataset: str = "digits"
-    """a name in data.DATASETS"""
-    source: str | None = None
-    """domain of the source model; None, here and below: what the data set's recipe in data/ says"""
-    target: str | None = None
-    """domain to adapt to"""
-    seen_classes: str | None = None
-    """with target training images: how many (drawn by split_seed), a file with a name per line, paper, data (all)"""
-    oracle: bool = False
-    """train on target images of all classes: the upper bound, not a method"""
-    split_seed: int = 0
-    """which classes are seen, and which target images are for training"""
-    seed: int = 0
-    """order and augmentation of the training images, and all other randomness of the method"""
-    pseudo_split: int | None = None
-    """k for run k of PCV calibration: some seen classes play the unseen, and their held-out images are the test"""
-    source_seed: int = 0
-    """the source model's training"""
-    arch: str | None = None
-    """small_cnn, lenet, a classifier of torchvision (resnet50, vit_b_16, ...), timm:NAME, clip:NAME"""
-    weights: str | None = None
-    """where a pretrained backbone starts: imagenet, none, a state dict's file, or a tag of open_clip"""
-    source_checkpoint: str | None = None
-    """a source model to start from instead of training one"""
-    epochs: int | None = None
-    """evaluations after the source model's; the last one counts"""
-    steps_per_epoch: int | None = None
-    """gradient steps between two evaluations"""
-    batch_size: int | None = None
-    """images per step"""
-    lr: float | None = None
-    """initial learning rate of the head (cosine schedule to 0)"""
-    backbone_lr: float | None = None
-    """initial learning rate of the backbone"""
-    weight_decay: float = 5e-4
-    """on every parameter that trains"""
-    clip_grad: float | None = None
-    """largest norm of the gradient; inf: no clipping"""
-    bn_mode: Literal["eval", "train"] = "eval"
-    """BatchNorm while adapting: eval keeps the source's statistics, train is the published recipe"""
-    augment: bool = True
-    """random augmentation of the training images (its strength belongs to the data set)"""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps"""
-    amp: Literal["auto", "bfloat16", "float16", "off"] = "auto"
-    """autocast dtype; auto: on CUDA, and on a CPU where it multiplies in bfloat16 and the network is not small"""
-    compile: bool = False
-    """torch.compile the model"""
-    resident: Literal["auto", "on", "off"] = "auto"
-    """keep the training images on the device; auto: on CUDA, if they take at most half of its free memory"""
-    data_root: str | None = None
-    """folder with one folder per data set; None: $HT_DATA, else data/"""
-    download: bool = False
-    """fetch what is missing, where there is a stable address"""
-    image_size: int | None = None
-    """side of the squares that photographs are resized to"""
-    skip_bad_images: bool = False
-    """leave out images that cannot be read, instead of stopping"""
-    ignore_unknown_classes: bool = False
-    """leave out target images of classes that the source does not know, instead of stopping"""
-    runs_dir: str = "runs"
-    """where run folders and source models are kept"""
-    name: str | None = None
-    """the method's name in the run folder, to keep variants apart; None: this script's"""
-    checkpoint_every: float = 5.0
-    """minutes between checkpoints, from which the same command goes on; 0: one after every step"""
-    save_model: bool = True
-    """keep the adapted weights as model.pt"""
-    overwrite: bool = False
-    """start anew, whatever the run folder holds"""
+class Method:
     copies: int = 4
     """M, copies per round"""
     tau: int = 5
@@ -103,58 +32,89 @@ class Args:
     left_out: float = 0.2
     """share of the seen classes that a copy does without"""
     ce: Literal["subset", "seen", "all"] = "subset"
-    """logits that cross-entropy compares: of the copy's classes, of all seen classes, or all"""
+    """logits that cross-entropy compares: of the copy's classes, of the seen, all"""
+
+
+@dataclass
+class Training:
+    epochs: Annotated[int | None, data.by_recipe("INT", "epochs")] = None
+    """evaluations after the source model's; the last one counts"""
+    steps_per_epoch: Annotated[int | None, data.by_recipe("INT", "steps_per_epoch")] = None
+    """gradient steps between two evaluations"""
+    batch_size: Annotated[int | None, data.by_recipe("INT", "batch_size")] = None
+    """images per step"""
+    lr: Annotated[float | None, data.by_recipe("FLOAT", "lr")] = None
+    """initial rate of the head, cosine to 0"""
+    backbone_lr: Annotated[float | None, data.by_recipe("FLOAT", "backbone_lr")] = None
+    """initial rate of the backbone"""
+    weight_decay: float = 5e-4
+    """on every parameter that trains"""
+    clip_grad: Annotated[float | None, data.by_recipe("FLOAT", "clip_grad")] = None
+    """largest norm of the gradient"""
+    bn_mode: Literal["eval", "train"] = "eval"
+    """BatchNorm: eval keeps the source's statistics"""
+    augment: bool = True
+    """random changes of the training images, as the data set says"""
+    seed: int = 0
+    """order and augmentation of the images, and all other randomness"""
+
+
+@dataclass
+class Args(Method, Training, data.TaskArgs, runs.RunArgs):
+    """All flags."""
 
 
 def draw_classes(seen, left_out, rng):
-    """A random subset of the classes in seen, bool [C], without the share left_out of them; two at least remain."""
+    """A random subset, bool [C], of the classes in seen without the share left_out of them; two at least remain."""
     classes = torch.nonzero(seen).flatten()
     order = torch.randperm(len(classes), generator=rng)
+    count = max(2, round(len(classes) * (1 - left_out)))
     kept = torch.zeros_like(seen)
-    kept[classes[order[: max(2, round(len(classes) * (1 - left_out)))]]] = True
+    kept[classes[order[:count]]] = True
     return kept
 
 
-def begin_step(model, optimizer, args, step, local):
-    """A copy starts without momentum; local, a dict, keeps the weights from which the copies of a round start, and how
-    far each has moved."""
-    if step % args.tau == 0:
-        optimizer.state.clear()
-    if step % (args.tau * args.copies) == 0:
-        local["start"], local["moved"] = [tensor.clone() for tensor in floats(model)], []
+@torch.no_grad()
+def end_copy(weights, start):
+    """How far a copy has moved from start, a list of tensors; puts its weights back there for the next copy."""
+    moved = [w - w0 for w, w0 in zip(weights, start, strict=True)]
+    torch._foreach_copy_(weights, start)
+    return moved
 
 
 @torch.no_grad()
-def end_step(model, args, step, local):
-    """After a copy's last step, put the model back to the start; after a round's, to the average of its copies. Then
-    also {"spread": how far the copies part, the root of mean |w_m - mean|^2 over |mean - start|}, else {}."""
-    if (step + 1) % args.tau:
-        return {}
-    state, start, moved = floats(model), local["start"], local["moved"]
-    moved += [tensor - tensor0 for tensor, tensor0 in zip(state, start, strict=True)]
-    torch._foreach_copy_(state, start)
-    if (step + 1) % (args.tau * args.copies):
-        return {}
-    mean = [torch.stack(moved[i :: len(state)]).mean(0) for i in range(len(state))]
-    torch._foreach_add_(state, mean)
-    lengths = sum(tensor.square().sum() for tensor in moved) / args.copies
-    return {"spread": (lengths / sum(tensor.square().sum() for tensor in mean) - 1).clamp_min(0).sqrt()}
+def end_round(weights, moved):
+    """Move the weights by the mean of the copies' movements, a list for each copy.
 
-
-def floats(model):
-    """The tensors that are averaged: weights and BatchNorm's statistics."""
-    return [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
+    Returns how far the copies part: the root of mean |moved_m - mean|^2 over |mean|^2.
+    """
+    mean = [torch.stack(of_copies).mean(0) for of_copies in zip(*moved, strict=True)]
+    torch._foreach_add_(weights, mean)
+    lengths = sum(tensor.square().sum() for copy_moved in moved for tensor in copy_moved) / len(moved)
+    return (lengths / sum(tensor.square().sum() for tensor in mean) - 1).clamp_min(0).sqrt()
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    with Run(__file__, args) as run:
-        task = data.load_task(**{name: getattr(args, name) for name in data.TASK_FLAGS})
+    args = runs.parse(Args)
+    with runs.Run(__file__, args) as run:
+        data.check_flag("copies", args.copies, 1)
+        data.check_flag("tau", args.tau, 1)
+        data.check_flag("left_out", args.left_out, 0, 1)
+        task = data.load_task(args)
         args = run.open(task)
-        device, amp = models.device_and_amp(args.device, args.amp, args.arch)
+        models.tune_process()
+        device, amp = models.choose_device(args.device, args.amp, args.arch)
         batches = task.target_train.batches(args.batch_size, device, args.seed, args.augment, args.resident)
         source_model = models.source_model(
-            task, args.arch, device, amp, args.weights, args.source_checkpoint, args.source_seed, args.runs_dir
+            task,
+            args.arch,
+            device,
+            amp,
+            args.weights,
+            args.source_checkpoint,
+            args.source_seed,
+            args.runs_dir,
+            run.stop,
         )
         torch.manual_seed(args.seed)
         model = copy.deepcopy(source_model)
@@ -165,22 +125,33 @@ if __name__ == "__main__":
         optimizer = torch.optim.SGD(rates, momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * args.steps_per_epoch)
         scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
-        seen, local = task.seen | args.oracle, {}  # with images of all classes, none is unseen
-        rounds = max(1, args.epochs * args.steps_per_epoch // (args.tau * args.copies))
+        # weights and BatchNorm's statistics: what is averaged
+        weights = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
+        round_steps = args.tau * args.copies
+        rounds = max(1, args.epochs * args.steps_per_epoch // round_steps)
+        seen = task.seen | args.oracle  # with images of all classes, none is unseen
         draws = [data.generator("cpu", args.seed, 4, m) for m in range(rounds * args.copies)]
         subsets = torch.stack([draw_classes(seen, args.left_out, rng) for rng in draws])
-        ignored = {"subset": ~subsets, "seen": ~seen, "all": ~(seen | True)}[args.ce].expand_as(subsets).to(device)
+        everything = torch.ones_like(subsets)
+        compared = {"subset": subsets, "seen": seen & everything, "all": everything}[args.ce].to(device)
+        local = {}  # of the round under way: the weights at its start, and the movement of each copy
 
-        run.evaluate(0, model)
+        run.start(model)
         run.resume(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, local=local)
         for epoch in range(run.epoch, args.epochs + 1):
             model.train()
             for layer in models.batchnorms(model):
                 layer.train(args.bn_mode == "train")
-            for step in range(run.steps, epoch * rounds // args.epochs * args.tau * args.copies):
-                begin_step(model, optimizer, args, step, local)
-                images, labels = batches(step, subsets[step // args.tau])
-                loss = F.cross_entropy(model(images).masked_fill(ignored[step // args.tau], -torch.inf), labels)
+            rounds_by_now = epoch * rounds // args.epochs
+            for step in range(run.steps, rounds_by_now * round_steps):
+                number = step // args.tau  # of the copy
+                if step % round_steps == 0:
+                    local["start"] = [tensor.clone() for tensor in weights]
+                if step % args.tau == 0:
+                    optimizer.state.clear()  # a copy starts without momentum
+                images, labels = batches(step, subsets[number])
+                logits = model(images).masked_fill(~compared[number], -torch.inf)
+                loss = F.cross_entropy(logits, labels)
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()
                 scaler.unscale_(optimizer)
@@ -188,6 +159,12 @@ if __name__ == "__main__":
                 scaler.step(optimizer)
                 scaler.update()
                 scheduler.step()
-                run.step(loss, images, **end_step(model, args, step, local))
+                spread = {}
+                if (step + 1) % args.tau == 0:
+                    local[f"copy{number % args.copies}"] = end_copy(weights, local["start"])
+                if (step + 1) % round_steps == 0:
+                    moved = [local[f"copy{m}"] for m in range(args.copies)]
+                    spread["spread"] = end_round(weights, moved)
+                run.step(loss, images, **spread)
             run.evaluate(epoch, model)
         run.finish(model)

@@ -10,92 +10,50 @@ import copy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # data, models and eval: beside this file or one folder up
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # the modules: beside this file or one folder up
 import data
 import models
-from eval import Run
+import runs
 
 
 @dataclass
-class Args:
-    dataset: str = "digits"
-    """a name in data.DATASETS"""
-    source: str | None = None
-    """domain of the source model; None, here and below: what the data set's recipe in data/ says"""
-    target: str | None = None
-    """domain to adapt to"""
-    seen_classes: str | None = None
-    """with target training images: how many (drawn by split_seed), a file with a name per line, paper, data (all)"""
-    oracle: bool = False
-    """train on target images of all classes: the upper bound, not a method"""
-    split_seed: int = 0
-    """which classes are seen, and which target images are for training"""
-    seed: int = 0
-    """order and augmentation of the training images, and all other randomness of the method"""
-    pseudo_split: int | None = None
-    """k for run k of PCV calibration: some seen classes play the unseen, and their held-out images are the test"""
-    source_seed: int = 0
-    """the source model's training"""
-    arch: str | None = None
-    """small_cnn, lenet, a classifier of torchvision (resnet50, vit_b_16, ...), timm:NAME, clip:NAME"""
-    weights: str | None = None
-    """where a pretrained backbone starts: imagenet, none, a state dict's file, or a tag of open_clip"""
-    source_checkpoint: str | None = None
-    """a source model to start from instead of training one"""
-    epochs: int | None = None
+class Method:
+    alpha: float = 0.0
+    """factor on the unseen logits inside cross-entropy; 0: not there, 1: naive"""
+
+
+@dataclass
+class Training:
+    epochs: Annotated[int | None, data.by_recipe("INT", "epochs")] = None
     """evaluations after the source model's; the last one counts"""
-    steps_per_epoch: int | None = None
+    steps_per_epoch: Annotated[int | None, data.by_recipe("INT", "steps_per_epoch")] = None
     """gradient steps between two evaluations"""
-    batch_size: int | None = None
+    batch_size: Annotated[int | None, data.by_recipe("INT", "batch_size")] = None
     """images per step"""
-    lr: float | None = None
-    """initial learning rate of the head (cosine schedule to 0)"""
-    backbone_lr: float | None = None
-    """initial learning rate of the backbone"""
+    lr: Annotated[float | None, data.by_recipe("FLOAT", "lr")] = None
+    """initial rate of the head, cosine to 0"""
+    backbone_lr: Annotated[float | None, data.by_recipe("FLOAT", "backbone_lr")] = None
+    """initial rate of the backbone"""
     weight_decay: float = 5e-4
     """on every parameter that trains"""
-    clip_grad: float | None = None
-    """largest norm of the gradient; inf: no clipping"""
+    clip_grad: Annotated[float | None, data.by_recipe("FLOAT", "clip_grad")] = None
+    """largest norm of the gradient"""
     bn_mode: Literal["eval", "train"] = "eval"
-    """BatchNorm while adapting: eval keeps the source's statistics, train is the published recipe"""
+    """BatchNorm: eval keeps the source's statistics"""
     augment: bool = True
-    """random augmentation of the training images (its strength belongs to the data set)"""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps"""
-    amp: Literal["auto", "bfloat16", "float16", "off"] = "auto"
-    """autocast dtype; auto: on CUDA, and on a CPU where it multiplies in bfloat16 and the network is not small"""
-    compile: bool = False
-    """torch.compile the model"""
-    resident: Literal["auto", "on", "off"] = "auto"
-    """keep the training images on the device; auto: on CUDA, if they take at most half of its free memory"""
-    data_root: str | None = None
-    """folder with one folder per data set; None: $HT_DATA, else data/"""
-    download: bool = False
-    """fetch what is missing, where there is a stable address"""
-    image_size: int | None = None
-    """side of the squares that photographs are resized to"""
-    skip_bad_images: bool = False
-    """leave out images that cannot be read, instead of stopping"""
-    ignore_unknown_classes: bool = False
-    """leave out target images of classes that the source does not know, instead of stopping"""
-    runs_dir: str = "runs"
-    """where run folders and source models are kept"""
-    name: str | None = None
-    """the method's name in the run folder, to keep variants apart; None: this script's"""
-    checkpoint_every: float = 5.0
-    """minutes between checkpoints, from which the same command goes on; 0: one after every step"""
-    save_model: bool = True
-    """keep the adapted weights as model.pt"""
-    overwrite: bool = False
-    """start anew, whatever the run folder holds"""
-    alpha: float = 0.0
-    """factor on the unseen logits inside cross-entropy; 0 leaves them out, 1 is naive fine-tuning"""
+    """random changes of the training images, as the data set says"""
+    seed: int = 0
+    """order and augmentation of the images, and all other randomness"""
+
+
+@dataclass
+class Args(Method, Training, data.TaskArgs, runs.RunArgs):
+    """All flags."""
 
 
 def restricted_cross_entropy(logits, labels, seen, alpha):
@@ -105,14 +63,24 @@ def restricted_cross_entropy(logits, labels, seen, alpha):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    with Run(__file__, args) as run:
-        task = data.load_task(**{name: getattr(args, name) for name in data.TASK_FLAGS})
+    args = runs.parse(Args)
+    with runs.Run(__file__, args) as run:
+        data.check_flag("alpha", args.alpha)
+        task = data.load_task(args)
         args = run.open(task)
-        device, amp = models.device_and_amp(args.device, args.amp, args.arch)
+        models.tune_process()
+        device, amp = models.choose_device(args.device, args.amp, args.arch)
         batches = task.target_train.batches(args.batch_size, device, args.seed, args.augment, args.resident)
         source_model = models.source_model(
-            task, args.arch, device, amp, args.weights, args.source_checkpoint, args.source_seed, args.runs_dir
+            task,
+            args.arch,
+            device,
+            amp,
+            args.weights,
+            args.source_checkpoint,
+            args.source_seed,
+            args.runs_dir,
+            run.stop,
         )
         torch.manual_seed(args.seed)
         model = copy.deepcopy(source_model)
@@ -125,7 +93,7 @@ if __name__ == "__main__":
         scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
         seen = (task.seen | args.oracle).to(device)  # with images of all classes, none is unseen
 
-        run.evaluate(0, model)
+        run.start(model)
         run.resume(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
         for epoch in range(run.epoch, args.epochs + 1):
             model.train()

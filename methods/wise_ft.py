@@ -1,9 +1,10 @@
 """WiSE-FT: fine-tune, then go back part of the way to the source model.
 
-    w(a) = (1 - a) w0 + a w       for a in 0, 0.1 ... 1; the result is a = 0.5
+    w(mixing) = (1 - mixing) w0 + mixing w       for mixing in 0, 0.1 ... 1; the result is mixing = 0.5
 
-(Wortsman et al., CVPR 2022, arXiv 2109.01903.) --mode logits averages the two models' logits instead. Differs from the
-paper: BatchNorm statistics are averaged like weights, or re-estimated on the target images with --reestimate-bn.
+(Wortsman et al., CVPR 2022, arXiv 2109.01903, where mixing is called alpha.) --mode logits averages the two models'
+logits instead. Differs from the paper: BatchNorm statistics are averaged like weights, or re-estimated on the target
+images with --reestimate-bn.
 
     python methods/wise_ft.py    # overall 82.7 ± 3.8, unseen 66.3 on mnist to optdigits, see README
 """
@@ -12,138 +13,113 @@ import copy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # data, models and eval: beside this file or one folder up
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # the modules: beside this file or one folder up
 import data
 import models
-from eval import Run, accuracies, predict
+import runs
+from eval import accuracies
 
 
 @dataclass
-class Args:
-    dataset: str = "digits"
-    """a name in data.DATASETS"""
-    source: str | None = None
-    """domain of the source model; None, here and below: what the data set's recipe in data/ says"""
-    target: str | None = None
-    """domain to adapt to"""
-    seen_classes: str | None = None
-    """with target training images: how many (drawn by split_seed), a file with a name per line, paper, data (all)"""
-    oracle: bool = False
-    """train on target images of all classes: the upper bound, not a method"""
-    split_seed: int = 0
-    """which classes are seen, and which target images are for training"""
-    seed: int = 0
-    """order and augmentation of the training images, and all other randomness of the method"""
-    pseudo_split: int | None = None
-    """k for run k of PCV calibration: some seen classes play the unseen, and their held-out images are the test"""
-    source_seed: int = 0
-    """the source model's training"""
-    arch: str | None = None
-    """small_cnn, lenet, a classifier of torchvision (resnet50, vit_b_16, ...), timm:NAME, clip:NAME"""
-    weights: str | None = None
-    """where a pretrained backbone starts: imagenet, none, a state dict's file, or a tag of open_clip"""
-    source_checkpoint: str | None = None
-    """a source model to start from instead of training one"""
-    epochs: int | None = None
-    """evaluations after the source model's; the last one counts"""
-    steps_per_epoch: int | None = None
-    """gradient steps between two evaluations"""
-    batch_size: int | None = None
-    """images per step"""
-    lr: float | None = None
-    """initial learning rate of the head (cosine schedule to 0)"""
-    backbone_lr: float | None = None
-    """initial learning rate of the backbone"""
-    weight_decay: float = 5e-4
-    """on every parameter that trains"""
-    clip_grad: float | None = None
-    """largest norm of the gradient; inf: no clipping"""
-    bn_mode: Literal["eval", "train"] = "eval"
-    """BatchNorm while adapting: eval keeps the source's statistics, train is the published recipe"""
-    augment: bool = True
-    """random augmentation of the training images (its strength belongs to the data set)"""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps"""
-    amp: Literal["auto", "bfloat16", "float16", "off"] = "auto"
-    """autocast dtype; auto: on CUDA, and on a CPU where it multiplies in bfloat16 and the network is not small"""
-    compile: bool = False
-    """torch.compile the model"""
-    resident: Literal["auto", "on", "off"] = "auto"
-    """keep the training images on the device; auto: on CUDA, if they take at most half of its free memory"""
-    data_root: str | None = None
-    """folder with one folder per data set; None: $HT_DATA, else data/"""
-    download: bool = False
-    """fetch what is missing, where there is a stable address"""
-    image_size: int | None = None
-    """side of the squares that photographs are resized to"""
-    skip_bad_images: bool = False
-    """leave out images that cannot be read, instead of stopping"""
-    ignore_unknown_classes: bool = False
-    """leave out target images of classes that the source does not know, instead of stopping"""
-    runs_dir: str = "runs"
-    """where run folders and source models are kept"""
-    name: str | None = None
-    """the method's name in the run folder, to keep variants apart; None: this script's"""
-    checkpoint_every: float = 5.0
-    """minutes between checkpoints, from which the same command goes on; 0: one after every step"""
-    save_model: bool = True
-    """keep the adapted weights as model.pt"""
-    overwrite: bool = False
-    """start anew, whatever the run folder holds"""
+class Method:
     mode: Literal["weights", "logits"] = "weights"
     """what is averaged"""
-    a: float = 0.5
+    mixing: float = 0.5
     """share of the fine-tuned model in the result"""
     reestimate_bn: bool = False
-    """re-estimate BatchNorm statistics of averaged weights (0 < a < 1) on the target training images"""
+    """re-estimate BatchNorm's statistics of averaged weights on the target"""
+
+
+@dataclass
+class Training:
+    epochs: Annotated[int | None, data.by_recipe("INT", "epochs")] = None
+    """evaluations after the source model's; the last one counts"""
+    steps_per_epoch: Annotated[int | None, data.by_recipe("INT", "steps_per_epoch")] = None
+    """gradient steps between two evaluations"""
+    batch_size: Annotated[int | None, data.by_recipe("INT", "batch_size")] = None
+    """images per step"""
+    lr: Annotated[float | None, data.by_recipe("FLOAT", "lr")] = None
+    """initial rate of the head, cosine to 0"""
+    backbone_lr: Annotated[float | None, data.by_recipe("FLOAT", "backbone_lr")] = None
+    """initial rate of the backbone"""
+    weight_decay: float = 5e-4
+    """on every parameter that trains"""
+    clip_grad: Annotated[float | None, data.by_recipe("FLOAT", "clip_grad")] = None
+    """largest norm of the gradient"""
+    bn_mode: Literal["eval", "train"] = "eval"
+    """BatchNorm: eval keeps the source's statistics"""
+    augment: bool = True
+    """random changes of the training images, as the data set says"""
+    seed: int = 0
+    """order and augmentation of the images, and all other randomness"""
+
+
+@dataclass
+class Args(Method, Training, data.TaskArgs, runs.RunArgs):
+    """All flags."""
 
 
 class Ensemble(torch.nn.Module):
-    """(1 - a) of the source model's and a of the model's logits and features."""
+    """(1 - mixing) of the source model's and mixing of the model's logits and features."""
 
-    def __init__(self, source_model, model, a):
+    def __init__(self, source_model, model, mixing):
         super().__init__()
-        self.source_model, self.model, self.a = source_model, model, a
+        self.source_model, self.model, self.mixing = source_model, model, mixing
 
     def forward(self, images, return_features=False):
-        both = zip(self.source_model(images, True), self.model(images, True), strict=True)
-        logits, features = (torch.lerp(z0, z, self.a) for z0, z in both)
+        source_logits, source_features = self.source_model(images, True)
+        logits, features = self.model(images, True)
+        logits = torch.lerp(source_logits, logits, self.mixing)
+        features = torch.lerp(source_features, features, self.mixing)
         return (logits, features) if return_features else logits
 
 
 @torch.no_grad()
-def interpolate(source_model, model, a, batches=None):
-    """A model with weights and buffers (1 - a) w0 + a w in float32; with batches, its BatchNorm statistics are the
-    average over one pass of them, unless a is 0 or 1."""
+def interpolate(source_model, model, mixing):
+    """A model in eval mode with weights and buffers (1 - mixing) w0 + mixing w, in float32."""
     result = copy.deepcopy(source_model)
     for w0, w in zip(result.state_dict().values(), model.state_dict().values(), strict=True):
         if w0.is_floating_point():
-            w0.copy_(torch.lerp(w0.float(), w.float(), a))
-    if batches is not None and 0 < a < 1:
-        for layer in models.batchnorms(result):
-            layer.reset_running_stats()
-            layer.momentum = None
-            layer.train()
-        for step in range(len(batches)):
-            result(batches(step)[0])
+            w0.copy_(torch.lerp(w0.float(), w.float(), mixing))
     return result.eval()
 
 
+@torch.no_grad()
+def reestimate(model, layers, batches):
+    """Set the statistics of the model's BatchNorm layers to their average over one pass of batches(step)."""
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # all batches weigh the same
+        layer.train()
+    for step in range(len(batches)):
+        model(batches(step)[0])
+    model.eval()
+
+
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    with Run(__file__, args) as run:
-        task = data.load_task(**{name: getattr(args, name) for name in data.TASK_FLAGS})
+    args = runs.parse(Args)
+    with runs.Run(__file__, args) as run:
+        data.check_flag("mixing", args.mixing, 0, 1)
+        task = data.load_task(args)
         args = run.open(task)
-        device, amp = models.device_and_amp(args.device, args.amp, args.arch)
+        models.tune_process()
+        device, amp = models.choose_device(args.device, args.amp, args.arch)
         batches = task.target_train.batches(args.batch_size, device, args.seed, args.augment, args.resident)
         source_model = models.source_model(
-            task, args.arch, device, amp, args.weights, args.source_checkpoint, args.source_seed, args.runs_dir
+            task,
+            args.arch,
+            device,
+            amp,
+            args.weights,
+            args.source_checkpoint,
+            args.source_seed,
+            args.runs_dir,
+            run.stop,
         )
         torch.manual_seed(args.seed)
         model = copy.deepcopy(source_model)
@@ -155,7 +131,7 @@ if __name__ == "__main__":
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * args.steps_per_epoch)
         scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
 
-        run.evaluate(0, model)
+        run.start(model)
         run.resume(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
         for epoch in range(run.epoch, args.epochs + 1):
             model.train()
@@ -174,16 +150,23 @@ if __name__ == "__main__":
                 run.step(loss, images)
             run.evaluate(epoch, model)
 
-        def averaged(a):
+        def mixed(mixing):
             if args.mode == "logits":
-                return Ensemble(source_model, model, a)
-            return interpolate(source_model, model, a, batches if args.reestimate_bn else None)
+                return Ensemble(source_model, model, mixing)
+            result = interpolate(source_model, model, mixing)
+            if args.reestimate_bn and 0 < mixing < 1:
+                reestimate(result, models.batchnorms(result), batches)
+            return result
 
         curve = []
-        for a in [i / 10 for i in range(11)]:
-            logits = predict(averaged(a), task.target_test.images)
-            curve.append({"a": a, **accuracies(logits, task.target_test.labels, task.seen)})
-            print("a {a:.1f}  seen {seen:6.2f}  unseen {unseen:6.2f}  overall {overall:6.2f}".format(**curve[-1]))
-        model = averaged(args.a)
-        run.evaluate(args.epochs + 1, model, curve=curve)
-        run.finish(model)
+        for mixing in [i / 10 for i in range(11)]:
+            logits = models.predict(mixed(mixing), task.target_test.images)
+            curve.append({"mixing": mixing, **accuracies(logits, task.target_test.labels, task.seen)})
+            print(
+                "mixing {mixing:.1f}  seen {seen:6.2f}  unseen {unseen:6.2f}  overall {overall:6.2f}".format(
+                    **curve[-1]
+                )
+            )
+        result = mixed(args.mixing)
+        run.evaluate(args.epochs + 1, result, curve=curve)
+        run.finish(result)

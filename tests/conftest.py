@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import runpy
 import sys
@@ -9,7 +10,24 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import data  # noqa: E402
+
 QUICK = ("--epochs", "2", "--steps-per-epoch", "3", "--device", "cpu")
+
+
+def load_task(*values, **flags):
+    """The task of these flags, as a script loads it."""
+    return data.load_task(data.TaskArgs(*values, **flags))
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class HashableArgs(data.TaskArgs):
+    pass
+
+
+def task_flags(args):
+    """The TaskArgs in a script's args, which can be a key of a cache."""
+    return HashableArgs(**{field.name: getattr(args, field.name) for field in dataclasses.fields(data.TaskArgs)})
 
 
 @pytest.fixture(scope="session")
@@ -21,8 +39,6 @@ def runs_dir(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def quick_source(monkeypatch):
     """A source model of 30 steps is enough for tests of the machinery, not of the figures."""
-    import data
-
     for entry in data.DATASETS.values():
         monkeypatch.setitem(entry["source_recipe"], "steps", 30)
 

@@ -13,19 +13,25 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import task_flags
 
 import data
 import eval as evaluation
 import models
-from eval import InputError
+import runs as runs_module
+from files import InputError
 
 whole_task = data.load_task
 
 
+def small_task(args):
+    """Read once for the same flags, with a quarter of the images and five steps of source training."""
+    return cached_small_task(task_flags(args))
+
+
 @functools.cache
-def small_task(**flags):
-    """Read once, with a quarter of the images and five steps of source training."""
-    task = whole_task(**flags)
+def cached_small_task(flags):
+    task = whole_task(flags)
     for split in (task.target_train, task.target_test):
         split.images, split.labels = split.images[::4], split.labels[::4]
     task.source_recipe = {**task.source_recipe, "steps": 5}
@@ -84,7 +90,7 @@ def make_runs(run_method, monkeypatch, tmp_path):
     folder = tmp_path / "digits" / "mnist-optdigits"
     want = numbers(folder / "stopped" / "split0-seed0")
     shutil.rmtree(folder / "stopped")
-    step = evaluation.Run.step
+    step = runs_module.Run.step
 
     def stopping(run, *args, **kwargs):
         if run.steps == 3:
@@ -92,7 +98,7 @@ def make_runs(run_method, monkeypatch, tmp_path):
         step(run, *args, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(evaluation.Run, "step", stopping)
+        patch.setattr(runs_module.Run, "step", stopping)
         run_method("naive_ft", "--name", "stopped", "--no-save-model", runs=tmp_path)
     return tmp_path, want
 
@@ -104,7 +110,7 @@ FILES = {"stopped": ["args.json", "log.jsonl", "checkpoint.pt"], "finished": ["a
 def test_damaged_files_of_a_run(name, file, runs, run_method, capsys, tmp_path):
     folder, want = runs[0] / name / "split0-seed0", runs[1]
     want = want if name == "stopped" else numbers(folder)
-    shown = evaluation.result_table(evaluation.read_run(runs[0] / "finished" / "split0-seed0"))
+    shown = runs_module.result_table(evaluation.read_run(runs[0] / "finished" / "split0-seed0"))
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     rng, named = random.Random(f"{name} {file}"), 0
     others = [content for other, content in files.items() if other != file]
@@ -139,7 +145,7 @@ def test_damaged_files_of_a_run(name, file, runs, run_method, capsys, tmp_path):
 
 @pytest.mark.parametrize("kind", ["cache", "--source-checkpoint"])
 def test_damaged_source_models(kind, tmp_path):
-    task = small_task(dataset="digits")
+    task = small_task(data.TaskArgs("digits"))
     source = models.source_model(task, "small_cnn", cache=tmp_path).state_dict()
     path = next((tmp_path / "source_models").glob("*.pt"))
     where = {"cache": tmp_path} if kind == "cache" else {"checkpoint": str(path)}
@@ -158,7 +164,7 @@ def test_damaged_source_models(kind, tmp_path):
 
 
 def test_a_source_model_of_another_recipe_or_with_nan(tmp_path):
-    task = small_task(dataset="digits")
+    task = small_task(data.TaskArgs("digits"))
     for seed in (0, 1):
         models.source_model(task, "small_cnn", cache=tmp_path, seed=seed)
     one, other = (tmp_path / "source_models").glob("*.pt")
@@ -195,7 +201,7 @@ def test_damaged_lists_of_seen_classes(tmp_path):
 
 def wrong():
     """(method, flags, the flag that the message must name)"""
-    for flag in ("epochs", "steps-per-epoch", "batch-size"):
+    for flag in ("epochs", "steps-per-epoch", "batch-size", "source-steps"):
         for value in ("0", "-1", "1.5", "many", "nan", ""):
             yield "naive_ft", [f"--{flag}", value], flag
     for flag in ("seed", "split-seed", "source-seed"):
@@ -203,7 +209,7 @@ def wrong():
             yield "lp_ft", [f"--{flag}", value], flag
     for own in (["-1"], ["x"], ["0", "--oracle"], ["0", "--seen-classes", "1"]):
         yield "lp_ft", ["--pseudo-split", *own], "pseudo-split"
-    for flag in ("lr", "backbone-lr", "weight-decay", "checkpoint-every"):
+    for flag in ("lr", "backbone-lr", "weight-decay", "checkpoint-every", "source-lr", "source-backbone-lr"):
         for value in ("-0.1", "nan", "inf", "1e39", "fast"):
             yield "frozen_classifier", [f"--{flag}", value], flag
     for value in ("0", "-1", "nan", "tight"):
@@ -214,8 +220,8 @@ def wrong():
     own |= {
         "ht_distill": {"distill-weight": ("-1", "inf"), "rank-weight": ("-1", "nan"), "late-lr": ("0", "-1", "nan")}
     }
-    own |= {"wise_ft": {"a": ("2", "-0.1", "nan"), "mode": ("mean",)}, "l2_sp": {"alpha": ("-1", "inf", "nan")}}
-    own |= {"lp_ft": {"probe-steps": ("-1", "0.5"), "ft-lr-scale": ("-1", "nan"), "alpha": ("-1", "inf")}}
+    own |= {"wise_ft": {"mixing": ("2", "-0.1", "nan"), "mode": ("mean",)}, "l2_sp": {"pull": ("-1", "inf", "nan")}}
+    own |= {"lp_ft": {"probe-steps": ("-1", "0.5"), "ft-lr-scale": ("-1", "nan"), "pull": ("-1", "inf")}}
     own |= {
         "masked_ft": {"alpha": ("-1", "x")},
         "grad_proj": {"reference": ("x",), "scope": ("x",), "memory": ("1.1", "-0.1")},
@@ -260,7 +266,8 @@ def test_there_are_a_hundred_wrong_command_lines():
 
 @pytest.mark.parametrize("method", sorted({method for method, _, _ in WRONG}))
 def test_wrong_command_lines(method, run_method, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(data, "load_task", functools.cache(whole_task))
+    cached = functools.cache(whole_task)
+    monkeypatch.setattr(data, "load_task", lambda args: cached(task_flags(args)))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     for flags, flag in [(flags, flag) for other, flags, flag in WRONG if other == method]:

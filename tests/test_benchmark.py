@@ -9,7 +9,8 @@ import pytest
 from conftest import ROOT
 
 import benchmark
-from eval import InputError, read_run
+from eval import read_run
+from files import InputError
 
 
 def test_interval_against_the_textbook():

@@ -6,11 +6,11 @@ import shutil
 import pytest
 import replicas
 import torch
+from conftest import load_task
 from test_bad_input import damaged
 
-import data
 from data import femnist, iwildcam
-from eval import InputError
+from files import InputError
 
 SIZED = {"image_size": 16}
 OFFICE = {**SIZED, "target": "Real_World", "seen_classes": "3"}
@@ -21,7 +21,7 @@ KINDS = {
     "metadata of iwildcam": ("iwildcam", "iwildcam/iwildcam_v2.0/metadata.csv", SIZED),
     "categories of iwildcam": ("iwildcam", "iwildcam/iwildcam_v2.0/categories.csv", SIZED),
     "LEAF json": ("femnist", "femnist/train/all_data_0.json", {}),
-    "cache of femnist": ("femnist", ".cache/femnist-*.npz", {}),
+    "cache of femnist": ("femnist", ".cache/femnist-*.pt", {}),
     "image": ("office_home", "office_home/Art/TV/00001.jpg", OFFICE),
     "cache": ("office_home", ".cache/office_home-Art-16-????????????????.npy", OFFICE),
     "checksums": ("office_home", ".cache/office_home-Art-16-*.sums.npy", OFFICE),
@@ -48,7 +48,7 @@ def test_damaged_data(kind, tmp_path):
     def load(**more):
         femnist.read.cache_clear()
         iwildcam.read.cache_clear()
-        return data.load_task(dataset, data_root=str(tmp_path), **{**flags, **more})
+        return load_task(dataset, data_root=str(tmp_path), **{**flags, **more})
 
     whole = everything(load(oracle=flags is OFFICE or dataset == "domainnet"))
     if dataset == "iwildcam":  # a row may now be of the other new camera

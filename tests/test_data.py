@@ -4,18 +4,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import load_task
 from sklearn.datasets import load_digits
 
 import data
-from eval import InputError
+from files import InputError
 
 
 @pytest.mark.parametrize(
     "dataset, source, target, classes", [("digits", "mnist", "optdigits", 10), ("glyphs", "sans", "stix", 62)]
 )
 def test_task_splits(dataset, source, target, classes):
-    task = data.load_task(dataset, source, target, split_seed=3)
-    whole = data.load_task(dataset, source, target, split_seed=3, oracle=True)
+    task = load_task(dataset, source, target, split_seed=3)
+    whole = load_task(dataset, source, target, split_seed=3, oracle=True)
     assert len(task.classes) == classes and int(task.seen.sum()) == classes // 2
     assert torch.equal(task.seen, whole.seen)
     # only seen classes in training, all of them, and exactly the oracle's images of them
@@ -49,7 +50,7 @@ def test_digits_are_the_published_images():
 
 
 def test_split_seed_changes_classes_and_images_and_not_the_source():
-    a, b, c = (data.load_task("digits", split_seed=s) for s in (0, 0, 1))
+    a, b, c = (load_task("digits", split_seed=s) for s in (0, 0, 1))
     assert torch.equal(a.seen, b.seen) and torch.equal(a.target_test.images, b.target_test.images)
     assert not torch.equal(a.seen, c.seen) and not torch.equal(a.target_test.images, c.target_test.images)
     assert torch.equal(a.source_train.images, c.source_train.images)
@@ -58,10 +59,10 @@ def test_split_seed_changes_classes_and_images_and_not_the_source():
 def test_seen_classes_from_a_file(tmp_path):
     file = tmp_path / "names.txt"
     file.write_text("7\n\n2\n 7 \n")
-    assert data.load_task("digits", seen_classes=str(file)).seen.nonzero().flatten().tolist() == [2, 7]
+    assert load_task("digits", seen_classes=str(file)).seen.nonzero().flatten().tolist() == [2, 7]
     file.write_text("7\neight\n")
     with pytest.raises(InputError, match=r"eight.*classes are 0, 1"):
-        data.load_task("digits", seen_classes=str(file))
+        load_task("digits", seen_classes=str(file))
 
 
 @pytest.mark.parametrize(
@@ -81,11 +82,11 @@ def test_seen_classes_from_a_file(tmp_path):
 )
 def test_bad_tasks_are_named(flags, message):
     with pytest.raises(InputError, match=message):
-        data.load_task(**{"dataset": "digits", **flags})
+        load_task(**{"dataset": "digits", **flags})
 
 
 def test_a_pseudo_task_shows_nothing_of_truly_unseen_classes():
-    task = data.load_task("digits", seen_classes="5", split_seed=4)
+    task = load_task("digits", seen_classes="5", split_seed=4)
     known = {image.numpy().tobytes() for image in task.target_train.images}
     left_out = []
     for number in range(5):
@@ -110,9 +111,9 @@ def test_a_pseudo_task_shows_nothing_of_truly_unseen_classes():
 
 
 def test_pseudo_tasks_that_cannot_be():
-    task = data.load_task("digits", seen_classes="2")
+    task = load_task("digits", seen_classes="2")
     assert data.pseudo_task(task, 0, 0).seen.sum() == 1
-    one, oracle = data.load_task("digits", seen_classes="1"), data.load_task("digits", oracle=True)
+    one, oracle = load_task("digits", seen_classes="1"), load_task("digits", oracle=True)
     for given, number in ((task, -1), (one, 0), (oracle, 0)):
         with pytest.raises(InputError, match=f"--pseudo-split {number}: must be 0 or more, without --oracle"):
             data.pseudo_task(given, 0, number)
@@ -283,25 +284,3 @@ def test_the_next_batch_is_read_while_one_is_trained_on(tmp_path):
         waited.append(time.perf_counter() - start)
         time.sleep(0.3)  # the step
     assert waited[0] >= 0.1 and max(waited[1:]) < 0.1 and len(read) == 4
-
-
-@pytest.mark.parametrize("resident", ["off", "on"])
-def test_logits_of_a_fixed_model_are_computed_once(resident):
-    calls, images = [], torch.randint(0, 256, (10, 1, 4, 4), dtype=torch.uint8)
-
-    class Model(torch.nn.Linear):
-        def forward(self, images, return_features=False):
-            calls.append(len(images))
-            return super().forward((images / 255 if images.dtype == torch.uint8 else images).flatten(1))
-
-    model, split = Model(16, 5), data.Split(images, torch.arange(10), {"degrees": 30.0})
-    for augment, want in ((True, [3] * 7), (False, [10])):
-        batches, given = split.batches(3, "cpu", 0, augment, resident), []
-        calls.clear()
-        for step in (0, 1, 2, 3, 4, 5, 1):  # more than one pass, and back
-            batch, _ = batches(step)
-            given.append((batch, batches.logits(model, batch, step)))
-        assert calls == want
-        for batch, logits in given:
-            torch.testing.assert_close(logits, model(batch))
-            assert not logits.requires_grad

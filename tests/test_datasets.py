@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import replicas
 import torch
-from conftest import ROOT
+from conftest import ROOT, load_task
 
 import benchmark
 import data
-from eval import InputError
+from files import InputError
 
 SMALL = ("--arch", "small_cnn", "--image-size", "16", "--batch-size", "8")
 
@@ -27,7 +27,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture
 def load(root):
-    return lambda dataset, *a, **k: data.load_task(
+    return lambda dataset, *a, **k: load_task(
         dataset, *a, **{"data_root": str(root / "folder" if dataset == "folder" else root), **sized(dataset, *a), **k}
     )
 
@@ -85,7 +85,7 @@ def test_office_home_paper_classes():
 def test_office_home_without_lists_is_split_by_class(root, tmp_path):
     for domain in ("Art", "Real_World"):  # this name of the folder is as good
         replicas.tree(tmp_path / "office_home" / domain, ["A", "B", "C"], 9)
-    a, b = (data.load_task("office_home", "Art", "Real_World", "2", s, False, tmp_path, 16) for s in (0, 1))
+    a, b = (load_task("office_home", "Art", "Real_World", "2", s, False, tmp_path, 16) for s in (0, 1))
     assert counts(a) == (2 * 6, 2 * 3, 3)
     assert a.target_test.images.fingerprint() != b.target_test.images.fingerprint()
 
@@ -102,8 +102,8 @@ def test_domainnet_says_which_listed_images_are_missing(root, tmp_path):
     replicas.domainnet(tmp_path)
     (tmp_path / "domainnet" / "clipart" / "t-shirt" / "00003.jpg").unlink()
     with pytest.raises(InputError, match=r"1 of 50 images of domainnet-clipart are missing.*\n  clipart/t-shirt/00003"):
-        data.load_task("domainnet", "real", "clipart", data_root=tmp_path, image_size=16)
-    task = data.load_task(
+        load_task("domainnet", "real", "clipart", data_root=tmp_path, image_size=16)
+    task = load_task(
         "domainnet", "real", "clipart", "3", oracle=True, data_root=tmp_path, image_size=16, skip_bad_images=True
     )
     assert len(task.target_train.labels) == 5 * 7 - 1 and torch.equal(
@@ -198,7 +198,7 @@ def test_cifar100_runs_no_code(tmp_path):
     replicas.cifar100(tmp_path)
     (tmp_path / "vtab" / "cifar-100-python" / "train").write_bytes(pickle.dumps({b"data": Evil()}))
     with pytest.raises(InputError, match=r"train: not the file that CIFAR-100 publishes \(.*mkdir"):
-        data.load_task("vtab", "clip", "cifar100", data_root=tmp_path)
+        load_task("vtab", "clip", "cifar100", data_root=tmp_path)
     assert not (tmp_path / "ran").exists()
 
 
@@ -216,7 +216,7 @@ def test_folder_with_a_split_of_ones_own(tmp_path):
     replicas.tree(tmp_path / "a", ["x", "train", "z"], 10)  # a class called train is no part
     replicas.tree(tmp_path / "b" / "train", ["x"], 4)
     replicas.tree(tmp_path / "b" / "test", ["train", "x", "z"], 3)
-    task = data.load_task("folder", "a", "b", data_root=tmp_path, image_size=16)
+    task = load_task("folder", "a", "b", data_root=tmp_path, image_size=16)
     assert task.classes == ["train", "x", "z"] and task.seen.tolist() == [False, True, False]
     assert counts(task) == (4, 3, 6)
 
@@ -225,11 +225,11 @@ def test_folder_with_a_class_that_the_source_does_not_know(tmp_path):
     replicas.tree(tmp_path / "a", ["x", "y"], 5)
     replicas.tree(tmp_path / "b", ["ufo", "x", "y"], 5)
     with pytest.raises(InputError, match=r"--target b: the source does not know its class ufo; --ignore-unknown"):
-        data.load_task("folder", "a", "b", "1", data_root=tmp_path, image_size=16)
-    task = data.load_task("folder", "a", "b", "1", data_root=tmp_path, image_size=16, ignore_unknown_classes=True)
+        load_task("folder", "a", "b", "1", data_root=tmp_path, image_size=16)
+    task = load_task("folder", "a", "b", "1", data_root=tmp_path, image_size=16, ignore_unknown_classes=True)
     assert task.classes == ["x", "y"] and counts(task) == (3, 2, 2)
     with pytest.raises(InputError, match=r"--seen-classes data: makes 2 of 2 classes seen"):
-        data.load_task("folder", "a", "b", data_root=tmp_path, image_size=16, ignore_unknown_classes=True)
+        load_task("folder", "a", "b", data_root=tmp_path, image_size=16, ignore_unknown_classes=True)
 
 
 @pytest.mark.parametrize("method", ["naive_ft", "ht_distill"])
@@ -288,7 +288,7 @@ def test_what_to_download_fits_on_one_screen(tmp_path, run_method, capsys):
 @pytest.mark.parametrize("dataset", [name for name, entry in data.DATASETS.items() if "about" in entry])
 def test_missing_data_say_what_to_put_where(dataset, tmp_path):
     with pytest.raises(InputError, match=r"not there\n\n(?s:.*)--data-root") as error:
-        data.load_task(dataset, data_root=tmp_path / "nothing")
+        load_task(dataset, data_root=tmp_path / "nothing")
     assert str(tmp_path / "nothing") in str(error.value)
 
 
@@ -301,8 +301,8 @@ def test_a_pair_for_every_target(root):
 
 def test_image_size_is_an_error_where_it_means_nothing(load):
     with pytest.raises(InputError, match="--image-size 64: the images of digits have one size"):
-        data.load_task("digits", image_size=64)
+        load_task("digits", image_size=64)
     with pytest.raises(InputError, match="--image-size 64: the images of cifar100 have one size"):
         load("vtab", "clip", "cifar100", image_size=64)
     with pytest.raises(InputError, match="--download: not offered for digits"):
-        data.load_task("digits", download=True)
+        load_task("digits", download=True)

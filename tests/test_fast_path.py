@@ -91,7 +91,7 @@ def check(model, fast, naive, labels):
 
 
 def test_digits(float64):
-    task = data.load_task("digits")
+    task = data.load_task(data.TaskArgs("digits"))
     strength = task.target_train.augmentation
     batch, labels = task.target_train.images[:4].double() / 255, task.target_train.labels[:4]
     fast = data.random_affine(batch, data.generator("cpu", 1), **strength)

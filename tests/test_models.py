@@ -6,12 +6,11 @@ import urllib.error
 import pytest
 import torch
 import torchvision
-from conftest import ROOT
+from conftest import ROOT, load_task
 from torch import nn
 
-import data
 import models
-from eval import InputError
+from files import InputError
 
 
 @pytest.mark.parametrize("arch", ["small_cnn", "lenet", "resnet18"])
@@ -63,10 +62,10 @@ def test_weights_from_a_file(tmp_path):
 
 
 def test_source_model_is_trained_once(tmp_path, monkeypatch):
-    task = data.load_task("digits")
+    task = load_task("digits")
     first = models.source_model(task, "small_cnn", cache=tmp_path)
     monkeypatch.setattr(models, "train_source", lambda *a, **k: pytest.fail("trained again"))
-    second = models.source_model(data.load_task("digits", split_seed=5), "small_cnn", cache=tmp_path)
+    second = models.source_model(load_task("digits", split_seed=5), "small_cnn", cache=tmp_path)
     for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     assert not first.training and not any(layer.training for layer in models.batchnorms(first))
@@ -76,7 +75,7 @@ def test_source_model_is_trained_once(tmp_path, monkeypatch):
 def test_what_determines_a_source_model_is_in_its_key(tmp_path, monkeypatch, change):
     trained = []
     monkeypatch.setattr(models, "train_source", lambda *a, **k: trained.append(1))
-    task = data.load_task("digits")
+    task = load_task("digits")
     models.source_model(task, "small_cnn", cache=tmp_path)
     if change == "images":
         task.source_train.images[0] = 1
@@ -87,7 +86,7 @@ def test_what_determines_a_source_model_is_in_its_key(tmp_path, monkeypatch, cha
 
 
 def test_source_checkpoints(tmp_path):
-    task = data.load_task("digits")
+    task = load_task("digits")
     model = models.build("small_cnn", 10, (1, 28, 28))
     good = {"model": model.state_dict(), "classes": task.classes, "arch": "small_cnn"}
     path = str(tmp_path / "model.pt")
@@ -124,9 +123,9 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
 def test_device_without_one():
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="--device cuda: not available here"):
-            models.device_and_amp("cuda", "auto", "small_cnn")
+            models.choose_device("cuda", "auto", "small_cnn")
     with pytest.raises(InputError, match="--device toaster"):
-        models.device_and_amp("toaster", "auto", "small_cnn")
+        models.choose_device("toaster", "auto", "small_cnn")
 
 
 @pytest.mark.parametrize(
@@ -135,12 +134,12 @@ def test_device_without_one():
 def test_amp_on_a_cpu(name, dtype, monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {name: True}, raising=False)
-    assert models.device_and_amp("cpu", "auto", "resnet18") == (cpu, dtype)
-    assert models.device_and_amp("cpu", "auto", "small_cnn") == (cpu, None)
-    assert models.device_and_amp("cpu", "off", "resnet18") == (cpu, None)
-    assert models.device_and_amp("cpu", "bfloat16", "small_cnn") == (cpu, torch.bfloat16)
+    assert models.choose_device("cpu", "auto", "resnet18") == (cpu, dtype)
+    assert models.choose_device("cpu", "auto", "small_cnn") == (cpu, None)
+    assert models.choose_device("cpu", "off", "resnet18") == (cpu, None)
+    assert models.choose_device("cpu", "bfloat16", "small_cnn") == (cpu, torch.bfloat16)
     monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert models.device_and_amp("cpu", "auto", "resnet18") == (cpu, None)
+    assert models.choose_device("cpu", "auto", "resnet18") == (cpu, None)
 
 
 FAULTS = """
@@ -162,7 +161,7 @@ def test_freed_memory_is_kept_for_the_next_step():
     handed_back = "import ctypes; ctypes.CDLL(None).mallopt(-3, 2**17)"
     few, many = (
         int(subprocess.check_output([sys.executable, "-c", FAULTS.format(line)], cwd=ROOT))
-        for line in ("models.keep_memory()", handed_back)
+        for line in ("models.tune_process()", handed_back)
     )
     assert few < 100 < 10_000 < many
 
@@ -187,9 +186,7 @@ def test_source_model_does_not_depend_on_the_number_of_threads(tmp_path):
     before, heads = torch.get_num_threads(), []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        heads.append(
-            models.source_model(data.load_task("digits"), "small_cnn", cache=tmp_path / str(threads)).head.weight
-        )
+        heads.append(models.source_model(load_task("digits"), "small_cnn", cache=tmp_path / str(threads)).head.weight)
         assert torch.get_num_threads() == threads
     torch.set_num_threads(before)
     assert torch.equal(*heads)

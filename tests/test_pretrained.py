@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import data
 import models
-from eval import InputError
+from files import InputError
 
 WHY = "an optional requirement, see requirements-optional.txt"
 

@@ -10,23 +10,28 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, task_flags
 
 import data
-import eval as evaluation
 import models
+import runs
+from files import take_lock
 
 METHODS = sorted(path.stem for path in (ROOT / "methods").glob("*.py"))
 whole_task = data.load_task
 
 
 @functools.cache
-def load_task(**flags):
-    """Read once, and with a third of the target's images."""
-    task = whole_task(**flags)
+def cached_task(flags):
+    task = whole_task(flags)
     for split in (task.target_train, task.target_test):
         split.images, split.labels = split.images[::3], split.labels[::3]
     return task
+
+
+def load_task(args):
+    """Read once for the same flags, and with a third of the target's images."""
+    return cached_task(task_flags(args))
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +41,7 @@ def loaded_once(monkeypatch):
 
 @pytest.fixture
 def stop_at(monkeypatch):
-    """stop_at(function, count, signal): send this process a signal in the count-th call of an attribute of eval."""
+    """stop_at(function, count, signal): send this process a signal in the count-th call of an attribute."""
 
     def call(owner, name, count, number):
         function, calls = getattr(owner, name), []
@@ -86,7 +91,7 @@ def test_every_method_goes_on_in_the_middle_of_an_epoch(method, flags, run_metho
     stop = 5 if method != "lolsgd" else 6  # a round's second copy
     want = read(run_method(method, *flags, "--name", " ".join(("whole", method, *flags)))[1])
     flags = (*flags, "--name", " ".join(("stopped", method, *flags)))
-    stop_at(evaluation.Run, "step", stop, signal.SIGTERM)
+    stop_at(runs.Run, "step", stop, signal.SIGTERM)
     stopped(lambda: run_method(method, *flags), 143)
     assert "stopped by SIGTERM; the same command" in capsys.readouterr().err
     names, folder = run_method(method, *flags)
@@ -102,7 +107,7 @@ def test_a_stop_in_an_evaluation_and_one_that_is_asked_for_twice(run_method, rea
     for count in (1, 3, 8, 1):
         with monkeypatch.context() as patch:
             stop_at_once = functools.partial(os.kill, os.getpid(), signal.SIGINT)
-            predict, calls = evaluation.predict, []
+            predict, calls = models.predict, []
 
             def interrupted(*args, predict=predict, calls=calls, count=count, stop=stop_at_once, **kwargs):
                 calls.append(1)
@@ -111,7 +116,8 @@ def test_a_stop_in_an_evaluation_and_one_that_is_asked_for_twice(run_method, rea
                     stop()
                 return predict(*args, **kwargs)
 
-            patch.setattr(evaluation, "predict", interrupted)
+            patch.setattr(models, "predict", interrupted)
+            patch.setattr(runs, "predict", interrupted)
             stopped(lambda: run_method(*flags), 130)
         assert "stopped by SIGINT; the same command goes on" in capsys.readouterr().err
     assert same_result(read(run_method(*flags)[1]), want)
@@ -136,7 +142,7 @@ def test_source_training_goes_on(run_method, runs_dir, tmp_path, stop_at, capsys
 def test_a_stopped_overwrite_says_how_to_go_on(run_method, read, stop_at, capsys):
     _, folder = run_method("naive_ft", "--name", "twice")
     want = read(folder)
-    stop_at(evaluation.Run, "step", 2, signal.SIGINT)
+    stop_at(runs.Run, "step", 2, signal.SIGINT)
     stopped(lambda: run_method("naive_ft", "--name", "twice", "--overwrite"), 130)
     assert "the same command, without --overwrite, goes on" in capsys.readouterr().err
     assert sorted(path.name for path in folder.iterdir()) == [".lock", "args.json", "checkpoint.pt", "log.jsonl"]
@@ -146,7 +152,7 @@ def test_a_stopped_overwrite_says_how_to_go_on(run_method, read, stop_at, capsys
 def test_one_owner_per_folder(run_method, capsys):
     _, folder = run_method("naive_ft", "--name", "owned")
     (folder / ".log.jsonl.123.tmp").write_text("half a li")
-    lock = evaluation.take_lock(folder / ".lock", "x")
+    lock = take_lock(folder / ".lock", "x")
     stopped(lambda: run_method("naive_ft", "--name", "owned"), 0)  # a result can be shown to everybody
     stopped(lambda: run_method("naive_ft", "--name", "owned", "--overwrite"), 3)
     assert f"another process is at work in {folder}" in capsys.readouterr().err
@@ -158,7 +164,7 @@ def test_one_owner_per_folder(run_method, capsys):
 def test_a_checkpoint_of_other_arguments_or_origin(run_method, stop_at, capsys, runs_dir, tmp_path):
     folders = []
     for seed in ("0", "1"):
-        stop_at(evaluation.Run, "step", 4, signal.SIGTERM)
+        stop_at(runs.Run, "step", 4, signal.SIGTERM)
         stopped(lambda seed=seed: run_method("naive_ft", "--seed", seed, "--name", "swap"), 143)
         folders.append(runs_dir / "digits" / "mnist-optdigits" / "swap" / f"split0-seed{seed}")
     (folders[0] / "checkpoint.pt").rename(folders[1] / "checkpoint.pt")
@@ -168,7 +174,7 @@ def test_a_checkpoint_of_other_arguments_or_origin(run_method, stop_at, capsys, 
     source = torch.load(next((runs_dir / "source_models").glob("digits-mnist-small_cnn-*.pt")), weights_only=True)
     torch.save(source, tmp_path / "source.pt")
     flags = ("--source-checkpoint", str(tmp_path / "source.pt"), "--name", "origin")
-    stop_at(evaluation.Run, "step", 4, signal.SIGTERM)
+    stop_at(runs.Run, "step", 4, signal.SIGTERM)
     stopped(lambda: run_method("naive_ft", *flags), 143)
     source["model"]["head.bias"] += 1
     torch.save(source, tmp_path / "source.pt")
@@ -190,7 +196,7 @@ def test_a_full_disk_loses_no_checkpoint(kind, run_method, read, runs_dir, tmp_p
             pytest.skip(f"mounting a tmpfs is not allowed here: {mounted.stderr.decode().strip()}")
         request.addfinalizer(lambda: subprocess.run(["umount", disk], check=True))
     flags = ("--name", "full", "--source-checkpoint", source)
-    stop_at(evaluation.Run, "step", 4, signal.SIGTERM)
+    stop_at(runs.Run, "step", 4, signal.SIGTERM)
     stopped(lambda: run_method("naive_ft", *flags, runs=disk), 143)
     checkpoint = next(disk.rglob("checkpoint.pt"))
     before = checkpoint.read_bytes()
@@ -221,9 +227,9 @@ def test_a_weight_that_overflows_is_never_saved(run_method, capsys):
 
 
 def test_a_source_training_that_diverges(run_method, tmp_path, monkeypatch, capsys):
-    task = load_task(dataset="digits")
+    task = load_task(data.TaskArgs("digits"))
     monkeypatch.setattr(task, "source_recipe", {**task.source_recipe, "lr": 1e9, "backbone_lr": 1e9})
-    monkeypatch.setattr(data, "load_task", lambda **flags: task)
+    monkeypatch.setattr(data, "load_task", lambda args: task)
     stopped(lambda: run_method("naive_ft", runs=tmp_path), 2)
     assert "is not finite, with --lr 1000000000.0" in capsys.readouterr().err
     assert [path.suffix for path in tmp_path.rglob("*.*")] == [".lock"]

@@ -1,0 +1,330 @@
+"""One run of a script: its flags, its folder, the log, the checkpoint from which it goes on, the result.
+
+with Run(__file__, args) as run:       # an InputError inside is shown as one line, exit code 2
+    args = run.open(task)              # writes nothing yet; a finished run is shown again and ends here
+    run.start(model)                   # epoch 0, the source model
+    run.resume(model=model, ...)       # goes on where an earlier start stopped: run.epoch, run.steps
+    run.step(loss, images)             # counts a training step, without waiting for the device
+    run.evaluate(epoch, model)         # a line in log.jsonl and on the terminal
+    run.finish(model)                  # logits.npz, model.pt and, last, done.json
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import tyro
+from tyro.conf import FlagCreatePairsOff
+
+import data
+import files
+from eval import accuracies, mean_percent, number, read_run, table
+from files import InputError
+from models import predict
+
+BUSY = 3  # exit code of a run whose folder another process has
+# flags that change no figure
+NOT_COMPARED = (
+    "device",
+    "overwrite",
+    "runs_dir",
+    "data_root",
+    "download",
+    "resident",
+    "save_model",
+    "checkpoint_every",
+)
+PROGRESS = ("lines", "steps", "images", "values", "origin", "source")  # of a Run, in its checkpoint
+HEADER = "epoch     loss    seen  unseen overall  images/s  seconds"
+
+
+@dataclasses.dataclass
+class RunArgs:
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps"""
+    amp: Literal["auto", "bfloat16", "float16", "off"] = "auto"
+    """autocast dtype; auto: not for small networks on a CPU"""
+    compile: FlagCreatePairsOff[bool] = False
+    """torch.compile the model"""
+    resident: Literal["auto", "on", "off"] = "auto"
+    """keep training images on the device; auto: on CUDA, if they fit"""
+    runs_dir: str = "runs"
+    """where run folders and source models are kept"""
+    name: Annotated[str | None, data.default("STR", "the script's")] = None
+    """the method's name in the run folder, to keep variants apart"""
+    checkpoint_every: float = 5.0
+    """minutes between checkpoints; 0: one after every step"""
+    save_model: bool = True
+    """keep the adapted weights as model.pt"""
+    overwrite: FlagCreatePairsOff[bool] = False
+    """start anew, whatever the run folder holds"""
+
+
+def parse(args_class):
+    """The command line as an args_class; --help has a group of flags for each of its base classes."""
+    if not sys.stdout.isatty():
+        os.environ.setdefault("COLUMNS", "100")  # the width of --help in a file
+    groups = [(base.__name__.removesuffix("Args").lower(), base) for base in args_class.__bases__]
+    flags = tyro.cli(dataclasses.make_dataclass("Flags", groups), config=(tyro.conf.OmitArgPrefixes,))
+    args = args_class(**{name: value for group in vars(flags).values() for name, value in vars(group).items()})
+    try:
+        for name, (low, high) in LIMITS.items():
+            data.check_flag(name, getattr(args, name), low, high)
+        if args.name and (Path(args.name).name != args.name or args.name == ".."):
+            raise InputError(f"--name {args.name}: must be the name of a folder, not a path")
+    except InputError as error:
+        fail(error)
+    return args
+
+
+def fail(error):
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2) from None
+
+
+LIMITS = dict.fromkeys(("epochs", "steps_per_epoch", "batch_size", "source_steps"), (1, 2**63 - 1))
+LIMITS |= dict.fromkeys(("seed", "split_seed", "source_seed", "pseudo_split"), (0, 2**63 - 1))
+LIMITS |= dict.fromkeys(("lr", "backbone_lr", "source_lr", "source_backbone_lr", "weight_decay"), (0, data.MOST))
+LIMITS |= {"checkpoint_every": (0, data.MOST), "clip_grad": (data.LEAST, math.inf)}
+
+
+def compared(record):
+    """The part of a run's flags that determines its figures. Of the data set folder, the path is part of the data."""
+    kept = ("data_root",) if record.get("dataset") == "folder" else ()
+    return {name: value for name, value in record.items() if name in kept or name not in NOT_COMPARED}
+
+
+def fingerprint(model, task):
+    """A digest of the weights and of the target's labels and seen classes, for what args.json names by a path only."""
+    digest = hashlib.sha256()
+    for tensor in (*model.state_dict().values(), task.seen, task.target_train.labels, task.target_test.labels):
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def agree(old, new):
+    """Whether figures that were written are those computed now, up to rounding; old may lack some, or be damaged."""
+    try:
+        return all(old[k] == new[k] or math.isclose(old[k], new[k], abs_tol=1e-6) for k in old.keys() & new.keys())
+    except (AttributeError, TypeError):
+        return False
+
+
+def result_table(done):
+    return table([{"model": name, **done[key]} for name, key in (("source (epoch 0)", "source"), ("result", "final"))])
+
+
+def versions(device, model):
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and device != "cpu" else None
+    amp = next((str(module.amp) for module in model.modules() if getattr(module, "amp", None)), None)
+    here = {"python": platform.python_version(), "machine": platform.machine(), "threads": torch.get_num_threads()}
+    return {"torch": torch.__version__, "numpy": np.__version__, **here, "gpu": gpu, "amp": amp}
+
+
+class Run:
+    """The folder runs/<dataset>/<source>-<target>/<method>/split<k>-seed<s>[-source<n>]/ and what is written into it.
+    epoch, steps: where the run goes on. source: the source model's logits "test" and "train" as tensors, its "figures",
+    and "train_accuracy" in % on the target's training images."""
+
+    def __init__(self, script, args):
+        self.args, self.started = args, time.perf_counter()
+        self.method = args.name or Path(script).stem + ("-oracle" if args.oracle else "")
+        self.stop, self.lock = files.Stop(args.checkpoint_every), None
+        self.lines, self.epoch, self.steps, self.images = [], 1, 0, 0
+        self.values, self.pending, self.origin, self.source = {}, {}, None, None
+
+    def __enter__(self):
+        self.stop.listen()
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.stop.give_back()
+        if self.lock is not None:
+            self.leave()
+        if isinstance(error, torch.OutOfMemoryError):
+            size, device = self.args.batch_size, self.args.device
+            error = InputError(f"--batch-size {size}: --device {device} is out of memory; pass a smaller one")
+        if isinstance(error, InputError):
+            fail(error)
+        if kind is SystemExit and self.stop.signal:
+            command = "the same command" + ", without --overwrite," * (self.args.overwrite and bool(self.lines))
+            print(f"stopped by {signal.Signals(self.stop.signal).name}; {command} goes on", file=sys.stderr)
+
+    def leave(self):
+        """Release the folder; delete it if empty."""
+        with contextlib.suppress(OSError):  # a folder that is not empty stays
+            if [path.name for path in self.folder.iterdir()] == [".lock"]:
+                (self.folder / ".lock").unlink()
+                for folder in (self.folder, *list(self.folder.parents)[:3]):
+                    folder.rmdir()
+        self.lock.release()
+
+    def open(self, task):
+        """The args, with the task's recipe in place of every None. Ends the program where the folder holds a finished
+        run with these arguments, which is shown, or where another process works in it (exit code 3). Raises InputError
+        if it holds a run with other arguments."""
+        self.task = task
+        known = {name: getattr(task, name) for name in ("source", "target", "seen_classes")} | task.recipe
+        known |= {f"source_{name}": value for name, value in task.source_recipe.items()}
+        blank = [name for name, value in vars(self.args).items() if value is None and name in known]
+        args = self.args = dataclasses.replace(self.args, **{name: known[name] for name in blank})
+        where = f"{args.dataset}/{args.source}-{args.target}/{self.method}/split{args.split_seed}-seed{args.seed}"
+        where += f"-source{args.source_seed}" if args.source_seed else ""
+        where += "" if args.pseudo_split is None else f"-pseudo{args.pseudo_split}"
+        self.folder = Path(args.runs_dir) / where
+        self.record = {"method": self.method, **dataclasses.asdict(args)}
+        if os.path.isfile(args.seen_classes):
+            self.record["seen_classes"] = ",".join(np.array(task.classes)[task.seen.numpy()])
+        self.show_if_finished()
+        self.lock = files.take_lock(self.folder / ".lock", owned="*")
+        if self.lock is None:
+            print(f"another process is at work in {self.folder}; wait for it, or pass --name", file=sys.stderr)
+            raise SystemExit(BUSY)
+        self.show_if_finished()  # by now, perhaps
+        self.checkpoint = files.Checkpoint(
+            self.folder / "checkpoint.pt", compared(self.record), self.stop, args.overwrite
+        )
+        if saved := self.checkpoint.content:
+            try:
+                vars(self).update({name: saved[name] for name in PROGRESS})
+                self.epoch, self.started = len(self.lines), self.started - saved["seconds"]
+            except (KeyError, TypeError) as error:
+                self.checkpoint.refuse(f"incomplete ({type(error).__name__}: {error})")
+        return args
+
+    def show_if_finished(self):
+        """End the program if the folder holds a finished run with these arguments. InputError: one with others."""
+        if self.args.overwrite or not any((self.folder / name).exists() for name in ("args.json", "done.json")):
+            return
+        if other := files.differences(compared(files.read_json(self.folder / "args.json")), compared(self.record)):
+            raise InputError(f"{self.folder} holds a run with {other}; pass --overwrite, --name or --runs-dir")
+        if not (self.folder / "done.json").exists():
+            return
+        try:
+            done, run = files.read_json(self.folder / "done.json"), read_run(self.folder)
+        except ValueError as error:
+            raise InputError(f"{error}; --overwrite runs it again") from error
+        if not all(agree(done.get(part), run[part]) for part in ("source", "final")):
+            raise InputError(f"{self.folder}: logits.npz does not give what done.json has; pass --overwrite")
+        (self.folder / "checkpoint.pt").unlink(missing_ok=True)  # if it was killed between its last two steps
+        print(f"already finished (--overwrite runs it again): {self.folder}\n{result_table(run)}")
+        raise SystemExit(0)
+
+    def start(self, model, **extras):
+        """Evaluate the source model as epoch 0, and start the folder in place of what was there. extras: numbers or
+        lists for the line in log.jsonl. Does nothing if a checkpoint has it."""
+        before, self.origin = self.origin, fingerprint(model, self.task)
+        if self.lines:
+            if before != self.origin:
+                self.checkpoint.refuse("of a run from another source model or with other classes or images")
+            return
+        self.stop.release()
+        train_logits = predict(model, self.task.target_train.images)
+        correct = train_logits.argmax(1) == self.task.target_train.labels.numpy()
+        for name in ("done.json", "logits.npz", "model.pt", "checkpoint.pt", "args.json"):
+            (self.folder / name).unlink(missing_ok=True)
+        print(f"{self.folder}\n{HEADER}")
+        extras["train"] = mean_percent(correct)
+        figures = self.write_line(0, model, None, extras)
+        self.source = {"train": torch.from_numpy(train_logits), "test": torch.from_numpy(self.test_logits)}
+        self.source |= {"figures": figures, "train_accuracy": extras["train"]}
+
+    def resume(self, **parts):
+        """Put the parts, all that a step changes, where the checkpoint of an earlier start left them, if there is one.
+        From here on a signal waits for the end of a step and for its checkpoint."""
+        self.checkpoint.resume(**parts)
+        self.clock = time.perf_counter()
+        if self.checkpoint.content:
+            self.clock -= self.checkpoint.content["seconds_since_evaluation"]
+            self.checkpoint.content = None
+            self.write_log()
+            print(f"{self.folder} goes on after step {self.steps}\n{HEADER}")
+
+    def write_log(self):
+        if not (self.folder / "args.json").exists():
+            files.write_text(self.folder / "args.json", json.dumps(self.record, indent=2))
+        files.write_text(self.folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
+
+    def step(self, loss, images, **extras):
+        """Count a training step. The loss and extras, scalar tensors whose means go into the log, stay on their device
+        until an evaluation or a checkpoint is due."""
+        self.steps += 1
+        self.images += len(images)
+        for name, value in {"loss": loss, **extras}.items():
+            self.pending.setdefault(name, []).append(value.detach())
+        if self.checkpoint.due():
+            self.save()
+
+    def save(self):
+        """Write the checkpoint; returns when its steps were done. Raises InputError at a loss or weight not finite."""
+        for name, values in self.pending.items():
+            self.values.setdefault(name, []).extend(torch.stack(values).tolist())  # waits for the device
+        self.pending, now = {}, time.perf_counter()
+        self.checkpoint.check_finite(self.values.get("loss", []), self.steps, self.args.lr, self.args.backbone_lr)
+        times = {"seconds": now - self.started, "seconds_since_evaluation": now - self.clock}
+        self.checkpoint.save(**times, **{name: getattr(self, name) for name in PROGRESS})
+        return now
+
+    def evaluate(self, epoch, model, **extras):
+        """Accuracies on the target's test images, with extras beside them in log.jsonl, unless they are there."""
+        if epoch < len(self.lines):
+            return
+        done = self.save()
+        speed = self.images / (done - self.clock) if self.images else None
+        self.stop.release()
+        self.write_line(epoch, model, speed, extras)
+        self.values, self.images, self.clock = {}, 0, time.perf_counter()
+        self.stop.hold()
+
+    def write_line(self, epoch, model, speed, extras):
+        """A line in log.jsonl and on the terminal for what `model` predicts now; returns its accuracies."""
+        before = time.perf_counter()
+        self.test_logits = predict(model, self.task.target_test.images)
+        test_speed = len(self.test_logits) / (time.perf_counter() - before)
+        try:
+            figures = accuracies(self.test_logits, self.task.target_test.labels, self.task.seen)
+        except ValueError as error:
+            raise InputError(f"logits of the target's test images: {error}; try lower rates or --amp off") from error
+        means = {name: float(np.mean(values)) for name, values in self.values.items()}
+        means = {name: mean if math.isfinite(mean) else None for name, mean in means.items()}
+        loss, seconds = means.pop("loss", None), time.perf_counter() - self.started
+        line = {"epoch": epoch, "step": self.steps, "loss": loss, **figures, "images_per_second": speed}
+        line |= {"test_images_per_second": test_speed, "seconds": seconds, **extras, **means}
+        self.lines.append(line)
+        self.write_log()
+        cells = number(loss, 9, 4) + "".join(number(figures[name], 8) for name in ("seen", "unseen", "overall"))
+        more = "".join(f"  {name} {v:.4g}" for name, v in (extras | means).items() if isinstance(v, float))
+        print(f"{epoch:5d}{cells}{number(speed, 10, 0)}{number(seconds, 9, 1)}{more}", flush=True)
+        return figures
+
+    def finish(self, model):
+        """Save what `model`, the one evaluated last, is and predicts. With done.json, the last file, it is finished."""
+        self.stop.release()
+        test, train = self.task.target_test, self.task.target_train
+        arrays = {"test_logits": self.test_logits, "test_labels": test.labels.numpy()}
+        arrays |= {"train_logits": predict(model, train.images), "train_labels": train.labels.numpy()}
+        arrays |= {f"source_{part}_logits": self.source[part].numpy() for part in ("test", "train")}
+        arrays |= {"seen": self.task.seen.numpy(), "classes": np.array(self.task.classes)}
+        files.write_atomic(self.folder / "logits.npz", lambda stream: np.savez(stream, **arrays))
+        if self.args.save_model:
+            content = {"model": model.state_dict(), "classes": self.task.classes, "arch": self.args.arch}
+            files.write_checkpoint(self.folder / "model.pt", content)
+        final = accuracies(arrays["test_logits"], arrays["test_labels"], arrays["seen"])
+        command = shlex.join(["python", f"methods/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+        done = {"source": self.source["figures"], "final": final, "args": self.record, "command": command}
+        done |= {"seconds": time.perf_counter() - self.started, "versions": versions(self.args.device, model)}
+        files.write_text(self.folder / "done.json", json.dumps(done, indent=2))
+        (self.folder / "checkpoint.pt").unlink(missing_ok=True)
+        print(result_table(done))

@@ -1,0 +1,17 @@
+"""Files that survive: atomic writes, locks, the request to stop. Checkpoints: see test_runs.py."""
+
+import os
+
+import pytest
+
+import files
+from files import InputError
+
+
+def test_write_atomic_leaves_the_old_file_whole(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "file"
+    files.write_text(path, "old")
+    monkeypatch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(InputError, match=r"deep/file: cannot be written .*no space left"):
+        files.write_text(path, "new")
+    assert path.read_text() == "old" and os.listdir(path.parent) == ["file"]
