@@ -1,5 +1,7 @@
 import json
+import os
 import runpy
+import signal
 import subprocess
 import sys
 import time
@@ -7,10 +9,11 @@ import time
 import numpy as np
 import pytest
 from conftest import ROOT
+from tqdm import tqdm
 
 import benchmark
 from eval import read_run
-from files import InputError
+from files import InputError, take_lock
 
 
 def test_interval_against_the_textbook():
@@ -151,6 +154,21 @@ def test_report_does_not_mix_runs(tmp_path):
         benchmark.report(benchmark.Report((tmp_path / "nowhere",)))
 
 
+def test_a_damaged_run_is_named_in_one_line(tmp_path):
+    folder = fake_run(tmp_path, "naive_ft", 0, 40)
+    (folder / "logits.npz").write_bytes(b"no npz")
+    with pytest.raises(InputError, match=r"split0-seed0.logits\.npz"):
+        benchmark.collect([tmp_path])
+
+
+def test_a_reader_that_has_enough_is_no_error(tmp_path):
+    fake_run(tmp_path, "naive_ft", 0, 40)
+    command = [sys.executable, str(ROOT / "benchmark.py"), "report", str(tmp_path)]
+    program = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    program.stdout.close()  # long before the program prints
+    assert program.stderr.read() == "" and program.wait() == 1
+
+
 @pytest.fixture
 def grid(monkeypatch, capsys):
     """benchmark.py run ..., as a program, in this process; its exit code, what it printed, and its errors."""
@@ -159,6 +177,7 @@ def grid(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [str(ROOT / "benchmark.py"), "run", *map(str, words)])
         capsys.readouterr()
         code = 0
+        monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # this process keeps its own handlers
         try:
             runpy.run_path(sys.argv[0], run_name="__main__")
         except SystemExit as stop:
@@ -203,6 +222,42 @@ def test_a_grid_skips_what_is_done_and_names_what_fails(tmp_path, runs_dir, run_
     before = done.stat().st_mtime_ns
     assert grid("--methods", "naive_ft", *words)[0] == 0
     assert done.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("exported, threads", [(None, 4), ("3", 3)])
+def test_threads_are_a_share_of_the_cores_or_what_the_user_says(exported, threads, tmp_path, monkeypatch):
+    (tmp_path / "cell.py").write_text("import os, sys; sys.exit(os.environ['OMP_NUM_THREADS'])")
+    monkeypatch.setattr(benchmark, "HERE", tmp_path)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if exported:
+        monkeypatch.setenv("OMP_NUM_THREADS", exported)
+    failures = benchmark.run_cells([["python", "cell.py"]], 2, tqdm(disable=True))
+    assert failures == [f"python cell.py\n    exit code 1: {threads}"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_grid_and_its_runs_saved(number, tmp_path, runs_dir, run_method):
+    run_method("naive_ft", "--name", "caches the source model", "--overwrite")
+    source = next((runs_dir / "source_models").glob("digits-mnist-small_cnn-*.pt"))
+    words = ["run", "--methods", "naive_ft", "--pairs", "digits:mnist:optdigits", "--split-seeds", "0-1"]
+    words += ["--runs-dir", str(tmp_path)]
+    words += [f"--flags=--epochs 1 --steps-per-epoch 1000000 --device cpu --source-checkpoint {source}"]
+    command = [sys.executable, str(ROOT / "benchmark.py"), *words]
+    before = signal.signal(number, signal.default_int_handler)  # a program inherits what its parent ignores
+    program = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    signal.signal(number, before)
+    deadline = time.monotonic() + 100
+    while not (logs := list(tmp_path.rglob("log.jsonl"))) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(2)  # some steps
+    os.killpg(program.pid, number)  # to its whole group, as a terminal and timeout do
+    _, errors = program.communicate(timeout=60)
+    assert program.returncode == 130 and "stopped; the same command goes on where it was" in errors
+    assert [log.parent.name for log in logs] == ["split0-seed0"]
+    assert (logs[0].parent / "checkpoint.pt").exists(), "the run saved what it had"
+    assert take_lock(logs[0].parent / ".lock", owned="*") is not None, "the run has ended"
+    assert len(list(tmp_path.rglob("log.jsonl"))) == 1, "the next one has not begun"
 
 
 def test_a_killed_grid_goes_on_and_two_copies_share_the_work(tmp_path, runs_dir, run_method, grid):

@@ -1,4 +1,4 @@
-"""benchmark.py speed: its arithmetic, and the plain loop that it compares with."""
+"""results/speed: the arithmetic of measure.py, and the plain loop that it compares with."""
 
 import json
 import runpy
@@ -8,45 +8,50 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 
-import benchmark
+import data
+from files import InputError
+
+sys.path.insert(1, str(ROOT / "results" / "speed"))
+import limits
+import measure
 
 
 def test_rows_are_medians_of_ratios_by_round():
-    row = benchmark.row_of("x", [2.0, 9.0, 3.0], [1.0, 3.0, 6.0])
+    row = measure.row_of("x", [2.0, 9.0, 3.0], [1.0, 3.0, 6.0])
     assert row == {"what": "x", "ours": 3, "plain loop": 3, "ratio": 2, "least": 0.5, "largest": 3}
-    row = benchmark.row_of("x", [2.0, 9.0, 3.0], [1.0, 3.0, 6.0], invert=True)
+    row = measure.row_of("x", [2.0, 9.0, 3.0], [1.0, 3.0, 6.0], invert=True)
     assert (row["ratio"], row["least"], row["largest"]) == (0.5, pytest.approx(1 / 3), 2)
-    assert benchmark.row_of("x", np.array([5.0, 5.0])) == {
+    assert measure.row_of("x", np.array([5.0, 5.0])) == {
         "what": "x", "ours": 5, "plain loop": None, "ratio": None, "least": None, "largest": None
     }  # fmt: skip
 
 
 def test_traffic_is_every_tensor_in_and_out_once():
     a, b = torch.zeros(3, 5), torch.zeros(5, 7)
-    with benchmark.Traffic() as traffic:
+    with limits.Traffic() as traffic:
         product = a @ b
     assert traffic.bytes == 4 * (15 + 35 + 21)
-    with benchmark.Traffic() as traffic:
+    with limits.Traffic() as traffic:
         product.T.view(-1, 3)  # views move nothing
     assert traffic.bytes == 0
-    with benchmark.Traffic() as traffic:
+    with limits.Traffic() as traffic:
         product.mul_(product)  # one tensor, though three times
     assert traffic.bytes == 4 * 21
 
 
 def test_a_command_is_timed_and_its_failure_told():
-    lines, seconds, memory = benchmark.timed(
-        ["-c", "import time; print('a'); x = b'x' * 200_000_000; print(len(x)); time.sleep(0.2)"], 1
-    )
+    program = "import time; print('a'); x = b'x' * 200_000_000; print(len(x)); time.sleep(0.2)"
+    lines, seconds, memory = measure.timed(["-c", program])
     assert lines == ["a", "200000000"] and 0 < seconds < 60 and 200 < memory < 400
-    with pytest.raises(benchmark.InputError, match=r"-c .*boom.*: .*boom"):
-        benchmark.timed(["-c", "raise SystemExit('boom')"], 1)
+    with pytest.raises(InputError, match=r"-c .*boom.*: .*boom"):
+        measure.timed(["-c", "raise SystemExit('boom')"])
 
 
 @pytest.mark.parametrize("augmentation, arch", [("photo", "resnet18"), ("ink", "small_cnn")])
 def test_the_plain_loop_trains_and_evaluates(augmentation, arch, tmp_path, monkeypatch, capsys):
-    benchmark.draw_photos(tmp_path, 20, side=28, classes=2)
+    measure.draw_photos(tmp_path, 20, side=28, classes=2)
     argv = ["plain_loop.py", tmp_path / "b/train", tmp_path / "b/test", "--arch", arch, "--classes", 2, "--workers", 0]
     argv += ["--image-size", 28, "--batch-size", 8, "--steps-per-epoch", 5, "--augmentation", augmentation]
     monkeypatch.setattr(sys, "argv", [str(word) for word in argv])
@@ -58,8 +63,20 @@ def test_the_plain_loop_trains_and_evaluates(augmentation, arch, tmp_path, monke
 
 
 def test_photographs_are_drawn_in_the_layout_of_folder(tmp_path):
-    benchmark.draw_photos(tmp_path, 20, side=60, classes=2)
+    measure.draw_photos(tmp_path, 20, side=60, classes=2)
     names = {str(path.relative_to(tmp_path).parent): 0 for path in tmp_path.rglob("*.jpg")}
     assert set(names) == {f"{part}/class{c}" for part in ("a/train", "a/test", "b/train", "b/test") for c in (0, 1)}
     assert len(list((tmp_path / "b/train").rglob("*.jpg"))) == 20
     assert len(list((tmp_path / "b/test").rglob("*.jpg"))) == 10
+
+
+def test_digits_are_written_as_the_plain_loop_takes_them(tmp_path):
+    task = data.load_task(data.TaskArgs("digits"))
+    for split in (task.target_train, task.target_test):
+        split.images, split.labels = split.images[:20], split.labels[:20]
+    measure.draw_digits(task, tmp_path)
+    for part, split in (("train", task.target_train), ("test", task.target_test)):
+        paths = sorted((tmp_path / part).rglob("*.png"), key=lambda path: path.name)
+        assert [path.parent.name for path in paths] == [task.classes[label] for label in split.labels]
+        pixels = np.stack([np.asarray(Image.open(path)) for path in paths])
+        assert np.array_equal(pixels, split.images[:, 0].numpy())
