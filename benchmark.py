@@ -27,8 +27,8 @@ from scipy import stats
 from tqdm import tqdm
 
 import data
-from eval import CALIBRATED, read_arrays, read_run, seen_unseen_curve, table
-from files import InputError, read_json, write_atomic
+from eval import CALIBRATED, REQUIRED, read_arrays, read_run, seen_unseen_curve, table
+from files import InputError, differences, read_json, write_atomic
 from runs import BUSY, NOT_COMPARED
 
 HERE = Path(__file__).resolve().parent
@@ -91,8 +91,7 @@ def cell_command(method, pair, split_seed, source_seed, seed, grid):
     dataset, source, target = pair.split(":")
     where = ["--dataset", dataset, "--source", source, "--target", target, "--runs-dir", grid.runs_dir]
     which = ["--split-seed", str(split_seed), "--seed", str(seed)]
-    if source_seed:
-        which += ["--source-seed", str(source_seed)]
+    which += ["--source-seed", str(source_seed)] if source_seed else []
     return ["python", f"methods/{script}.py", *where, *which, *own_flags, *shlex.split(grid.flags)]
 
 
@@ -101,9 +100,8 @@ def grid_commands(grid):
     for method in grid.methods:
         if not method.split() or method.split()[0] not in METHODS:
             raise InputError(f"--methods {method}: no such script; choose from {', '.join(METHODS)}")
-    for flag, value, least in (("--jobs", grid.jobs, 1), ("--pcv", grid.pcv, 0)):
-        if value < least:
-            raise InputError(f"{flag} {value}: must be {least} or more")
+    data.check_flag("jobs", grid.jobs, 1)
+    data.check_flag("pcv", grid.pcv)
     pairs = [single for pair in grid.pairs for single in expand(pair, grid.flags)]
     splits = seeds(grid.split_seeds)
     per_split = [(split_seed, split_seed) for split_seed in splits]
@@ -199,11 +197,9 @@ def interval(values):
 
 
 def collect(folders, over_targets=False):
-    """{task: {method: {(target, split seed, source seed, seed): run}}} of all finished runs but pseudo splits.
-
-    A run is what eval.read_run returns. over_targets makes one task of all targets of a source.
-    Raises InputError if runs of one method and task differ in more than seeds, or runs of one task in their classes.
-    """
+    """{task: {method: {(target, split seed, source seed, seed): run}}} of all finished runs but pseudo splits. A run is
+    what eval.read_run returns. over_targets makes one task of all targets of a source. Raises InputError if runs of one
+    method and task differ in more than seeds, or runs of one task in their classes."""
     tasks, settings, classes = {}, {}, {}
     not_compared = {*NOT_COMPARED, *SEEDS, *(["target"] if over_targets else [])}
     for path in sorted(path for folder in folders for path in folder.rglob("done.json")):
@@ -213,10 +209,8 @@ def collect(folders, over_targets=False):
         method, target = args["method"], "all" if over_targets else args["target"]
         task = f"{args['dataset']} {args['source']} to {target}, {args['seen_classes']} seen"
         setting = {name: value for name, value in args.items() if name not in not_compared}
-        first = settings.setdefault((task, method), setting)
-        differ = [name for name in setting | first if setting.get(name) != first.get(name)]
-        if differ:
-            raise InputError(f"{path.parent}: other {', '.join(differ)} than {method}'s other runs; use --name")
+        if differ := differences(settings.setdefault((task, method), setting), setting):
+            raise InputError(f"{path.parent}: other {differ} than {method}'s other runs; use --name")
         try:
             run = read_run(path.parent)
         except ValueError as error:
@@ -270,8 +264,7 @@ def rounded(row):
     cells = {"method": row["method"], "runs": str(row["runs"])}
     for name in [name for name in row if f"{name}_pm" in row]:
         value, width = row[name], row[f"{name}_pm"]
-        sign = "+" if name.startswith("vs_") else ""
-        digits = ".3f" if name == "ausuc" else ".1f"
+        sign, digits = "+" * name.startswith("vs_"), ".3f" if name == "ausuc" else ".1f"
         cell = "-" if value is None else format(value, sign + digits)
         if width is not None:
             cell += f" ± {width:{digits}}"
@@ -285,11 +278,11 @@ def report(options):
     rows = rows_of(tasks, options.reference)
     if options.format != "md":
         print(table(rows, options.format))
-    for task in tasks:
+    for task, methods in tasks.items():
         if options.format == "md":
             print(f"\n**{task}**\n\n{table([rounded(row) for row in rows if row['task'] == task])}")
         if options.figures:
-            draw(task, with_source(tasks[task]), options.figures)
+            draw(task, with_source(methods), options.figures)
 
 
 def styles_of(methods):
@@ -304,10 +297,10 @@ def styles_of(methods):
 
 def draw(task, methods, folder):
     """Draw four figures of a task, as PNG and PDF, of the runs with test images of seen and of unseen classes."""
-    drawn = {}
-    for method, runs in methods.items():
-        drawn[method] = {key: run for key, run in runs.items() if run["final"]["ausuc"] is not None}
-    drawn = {method: runs for method, runs in drawn.items() if runs}
+    both = {
+        m: {key: run for key, run in runs.items() if run["final"]["ausuc"] is not None} for m, runs in methods.items()
+    }
+    drawn = {method: runs for method, runs in both.items() if runs}
     if not drawn:
         print(f"{task}: no figures, since no run has test images of seen and of unseen classes")
         return
@@ -344,8 +337,7 @@ def dilemma(methods):
     """Figure: what each method has on seen and on unseen classes, with intervals."""
     ax, styles = seen_unseen_axes(methods), styles_of(methods)
     for method, runs in methods.items():
-        seen, seen_width = interval(values(runs, "seen"))
-        unseen, unseen_width = interval(values(runs, "unseen"))
+        (seen, seen_width), (unseen, unseen_width) = interval(values(runs, "seen")), interval(values(runs, "unseen"))
         marker = {**styles[method], "ls": "", "ms": 8, "lw": 1, "capsize": 2}
         ax.errorbar(seen, unseen, yerr=unseen_width, xerr=seen_width, **marker)
     return ax.figure
@@ -353,10 +345,8 @@ def dilemma(methods):
 
 def mean_curve(runs):
     """Seen and unseen accuracy in %, each [K], as means over the runs at the same K biases."""
-    curves = []
-    for run in runs.values():
-        logits = Path(run["run"]) / "logits.npz"
-        curves.append(seen_unseen_curve(*read_arrays(logits, ("test_logits", "test_labels", "seen"))))
+    files = [Path(run["run"]) / "logits.npz" for run in runs.values()]
+    curves = [seen_unseen_curve(*read_arrays(file, REQUIRED)) for file in files]
     flips = np.concatenate([gamma for gamma, _, _ in curves])
     biases = np.unique(np.quantile(flips, np.linspace(0, 1, 400)))
     seen = np.mean([np.interp(biases, gamma, seen) for gamma, seen, _ in curves], 0)
@@ -370,9 +360,8 @@ def curves(methods):
     for method, runs in methods.items():
         if method == SOURCE:
             continue
-        style = styles[method]
-        marker = {**style, "ls": "", "ms": 7}
-        ax.plot(*mean_curve(runs), lw=1.2, color=style["color"], ls=style["ls"])
+        marker = {**styles[method], "ls": "", "ms": 7}
+        ax.plot(*mean_curve(runs), lw=1.2, color=marker["color"], ls=styles[method]["ls"])
         ax.plot(np.mean(values(runs, "seen")), np.mean(values(runs, "unseen")), **marker)
         calibrated = [run["alg"] for run in runs.values()]
         if all(calibrated):
@@ -389,8 +378,8 @@ def epochs(methods):
     for method, runs in methods.items():
         if method == SOURCE:
             continue
-        logs = [(Path(run["run"]) / "log.jsonl").read_text().splitlines() for run in runs.values()]
-        logs = [[json.loads(line) for line in log] for log in logs]
+        texts = [(Path(run["run"]) / "log.jsonl").read_text() for run in runs.values()]
+        logs = [[json.loads(line) for line in text.splitlines()] for text in texts]
         for ax, group in zip(panels, ("seen", "unseen"), strict=True):
             mean = np.mean([[line[group] for line in log] for log in logs], 0)
             ax.plot([line["epoch"] for line in logs[0]], mean, ms=3, lw=1, **styles[method])
@@ -418,10 +407,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     options = tyro.extras.subcommand_cli_from_dict({"run": RunGrid, "report": Report})
     try:
-        if isinstance(options, RunGrid):
-            run_grid(options)
-        else:
-            report(options)
+        run_grid(options) if isinstance(options, RunGrid) else report(options)
         sys.stdout.flush()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -155,7 +155,7 @@ class Run:
             self.leave()
         if isinstance(error, torch.OutOfMemoryError):
             size, device = self.args.batch_size, self.args.device
-            error = InputError(f"--batch-size {size}: --device {device} is out of memory; pass a smaller one")
+            error = InputError(f"--batch-size {size} is too large: --device {device} is out of memory")
         if isinstance(error, InputError):
             fail(error)
         if kind is SystemExit and self.stop.signal:

@@ -137,7 +137,7 @@ def test_report_over_targets(tmp_path, capsys):
 def test_report_does_not_mix_runs(tmp_path):
     fake_run(tmp_path, "naive_ft", 0, 40)
     fake_run(tmp_path, "naive_ft", 1, 40, lr=0.2)
-    with pytest.raises(InputError, match="other lr than naive_ft's other runs"):
+    with pytest.raises(InputError, match=r"other lr 0.1 \(now 0.2\) than naive_ft's other runs"):
         benchmark.report(benchmark.Report((tmp_path,)))
     fake_run(tmp_path / "x", "mine", 0, 40)
     fake_run(tmp_path / "x", "other", 0, 40, classes="wxyz")

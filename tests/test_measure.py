@@ -14,8 +14,9 @@ import data
 from files import InputError
 
 sys.path.insert(1, str(ROOT / "results" / "speed"))
-import limits
 import measure
+
+import limits
 
 
 def test_rows_are_medians_of_ratios_by_round():

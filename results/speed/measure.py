@@ -28,12 +28,11 @@ from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))
-from limits import device_limits
-
 import data
 import models
 from eval import table
 from files import InputError, read_json, write_atomic
+from limits import device_limits
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = sorted(path.stem for path in (ROOT / "methods").glob("*.py") if path.stem != "naive_ft")
@@ -160,9 +159,9 @@ def probe_seconds(steps, batch_size=64):
     model = models.build("small_cnn", len(task.classes), task.target_train.images.shape[1:])
     model = model.to(memory_format=torch.channels_last)
     _, features = models.predict(model, task.target_train.images, return_features=True)
-    batches = task.target_train.batches(batch_size, "cpu", seed=0)
+    batches, rng = task.target_train.batches(batch_size, "cpu", seed=0), torch.Generator().manual_seed(0)
     start = time.perf_counter()
-    fit_head(model.head, torch.from_numpy(features), task.target_train.labels, steps, batch_size, 0.005, 5e-4, 0)
+    fit_head(model.head, torch.from_numpy(features), task.target_train.labels, steps, batch_size, 0.005, 5e-4, rng)
     middle = time.perf_counter()
     model.eval().backbone.requires_grad_(False)
     optimizer = torch.optim.SGD(model.head.parameters(), 0.005, 0.9, nesterov=True, weight_decay=5e-4, fused=True)
