@@ -1,13 +1,6 @@
-"""Image files to uint8 pixels. Run as a program it is a worker of `images.build`: a line of JSON in for every chunk of
-files, a line out with what could not be read. It imports neither torch nor the rest of the package: it starts at once.
-"""
+"""An image file to uint8 pixels."""
 
-import json
 import os
-import signal
-import sys
-import warnings
-import zlib
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -24,11 +17,9 @@ def read_image(path, size):
             raise ValueError("not a regular file" if os.path.exists(path) else "missing")
         if os.path.getsize(path) == 0:
             raise ValueError("empty file")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd EXIF blocks and large sides; what cannot be read raises
-            with Image.open(path) as image:
-                image.draft("RGB", (2 * size, 2 * size))  # JPEG: decode at 1/2, 1/4 ... while twice the size is left
-                return square(image, size)
+        with Image.open(path) as image:
+            image.draft("RGB", (2 * size, 2 * size))  # JPEG: decode at 1/2, 1/4 ... while twice the size is left
+            return square(image, size)
     except ValueError:
         raise
     except Image.UnidentifiedImageError:
@@ -51,36 +42,3 @@ def square(image, size):
     if image.mode != "RGB":
         image = image.convert("RGB")
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
-
-
-def decode_chunk(paths, size, file, offset):
-    """Write the images of `paths` one after another into the open binary `file` from byte `offset` on; an image that
-    cannot be read leaves its place empty. Returns {"bad": {place in the chunk: reason}, "sums": their checksums}."""
-    bad, sums = {}, [0] * len(paths)
-    for i, path in enumerate(paths):
-        try:
-            pixels = read_image(path, size)
-        except ValueError as error:
-            bad[i] = str(error)
-        else:
-            content = pixels.tobytes()
-            file.seek(offset + i * len(content))
-            file.write(content)
-            sums[i] = zlib.crc32(content)
-    file.flush()
-    return {"bad": bad, "sums": sums}
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops first, and with it this loop's input
-    with open(sys.argv[1], "r+b") as output:
-        for line in sys.stdin:
-            job = json.loads(line)
-            try:
-                answer = decode_chunk(job["paths"], job["size"], output, job["offset"])
-            except OSError as error:  # a full disk
-                answer = {"error": str(error)}
-            try:
-                print(json.dumps(answer), flush=True)
-            except BrokenPipeError:  # the parent was killed
-                os._exit(1)

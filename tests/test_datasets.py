@@ -85,7 +85,10 @@ def test_office_home_paper_classes():
 def test_office_home_without_lists_is_split_by_class(root, tmp_path):
     for domain in ("Art", "Real_World"):  # this name of the folder is as good
         replicas.tree(tmp_path / "office_home" / domain, ["A", "B", "C"], 9)
-    a, b = (load_task("office_home", "Art", "Real_World", "2", s, False, tmp_path, 16) for s in (0, 1))
+    a, b = (
+        load_task("office_home", "Art", "Real_World", "2", split_seed=s, data_root=tmp_path, image_size=16)
+        for s in (0, 1)
+    )
     assert counts(a) == (2 * 6, 2 * 3, 3)
     assert a.target_test.images.fingerprint() != b.target_test.images.fingerprint()
 

@@ -1,7 +1,9 @@
 """Odd and damaged files, and the cache of decoded images."""
 
+import errno
 import functools
 import http.server
+import io
 import os
 import pathlib
 import signal
@@ -154,7 +156,8 @@ def test_every_damaged_file_is_named_and_can_be_left_out(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "folder-t: 8 of 30 images left out, listed in " in printed
     report = (tmp_path / ".cache").glob("folder-t-8-*.bad.txt")
-    assert {line.split("\t")[1] for line in next(report).read_text().splitlines()} == {f"t/y/{name}" for name in bad}
+    named = [line.partition(": ")[0] for line in next(report).read_text("utf-8").splitlines()]
+    assert sorted(named) == sorted(f"t/y/{name}" for name in bad)
 
 
 @pytest.fixture
@@ -175,7 +178,7 @@ def test_images_are_like_a_tensor(listing):
     index = torch.tensor([7, 3, 39, 3])
     assert torch.equal(found[index], whole[index]) and torch.equal(found[5], whole[5])
     assert found[index].is_contiguous(memory_format=torch.channels_last)
-    assert [torch.equal(a, b) for a, b in zip(found.split(16), whole.split(16), strict=True)] == [True] * 3
+    assert all(torch.equal(a, b) for a, b in zip(found.split(16), whole.split(16), strict=True))
     assert torch.equal(found.subset(np.array([4, 2]))[:], whole[[4, 2]])
     batches = data.Split(found, torch.arange(40), {}).batches(8, "cpu", seed=0)
     pixels, labels = batches(3)
@@ -206,62 +209,82 @@ def test_the_cache_is_built_once_and_again_after_a_change(listing, change, monke
         open_list(root, files, cache, size)
 
 
-def test_workers_and_this_process_decode_the_same(listing, monkeypatch):
+def read_all(root, files):
+    return torch.stack([torch.tensor(decode.read_image(root / file, 8)).permute(2, 0, 1) for file in files])
+
+
+def test_threads_decode_the_same_as_this_one(listing, monkeypatch):
     root, files, cache = listing
+    whole = read_all(root, files[:4] + files[5:])
     (root / files[4]).write_bytes(b"")
     strange = "x/a/tab\tline\nend\r\x85\udcff.png"  # any name that a file can have
     (root / strange).write_bytes(b"")
     files.append(strange)
-    here = open_list(root, files, cache, skip_bad=True)[:]
-    monkeypatch.setattr(images, "SMALL", 0)
     monkeypatch.setattr(images, "CHUNK", 3)
-    there = open_list(root, files, cache / "other", skip_bad=True)[:]
-    assert len(here) == 39 and torch.equal(here, there)
+    found = open_list(root, files, cache, skip_bad=True)
+    assert len(found) == 39 and torch.equal(found[:], whole)
+    report = next(cache.glob("*.bad.txt")).read_text("utf-8")
+    assert report == "x/a/00004.png: empty file\nx/a/tab\\tline\\nend\\r\\x85\\udcff.png: empty file\n"
+    assert torch.equal(open_list(root, files, cache, skip_bad=True)[:], whole)
 
 
 def test_a_killed_build_is_continued_and_never_used(listing, monkeypatch):
-    """A process that is killed in the middle, for good; then the rest is decoded, and what was saved is not."""
+    """A process that is killed in the middle, for good; then the rest is decoded, and what it finished is not."""
     root, files, cache = listing
     program = f"""
-import sys, os, signal
+import os, signal, sys, time
+from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
-from data import decode, images
-images.CHUNK, images.SAVE_EVERY, calls = 4, 0.0, []
-chunk = decode.decode_chunk
-def dying(*args):
-    calls.append(1)
-    if len(calls) == 5:
+import numpy as np
+from data import images
+images.CHUNK, read_image = 4, images.read_image
+def dying(path, size):
+    if Path(path) == Path({str(root)!r}) / {files[16]!r}:
+        while np.count_nonzero(np.load(next(Path({str(cache)!r}).glob("*.sums.npy")))) < 16:
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
-    return chunk(*args)
-decode.decode_chunk = dying
+    if str(path) > str(Path({str(root)!r}) / {files[16]!r}):
+        time.sleep(60)
+    return read_image(path, size)
+images.read_image = dying
 images.open_images("name", {str(root)!r}, {files!r}, 8, {str(cache)!r})
 """
-    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True)
-    assert done.returncode == -signal.SIGKILL
+    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, timeout=50)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     names = sorted(path.name.partition(".")[2] for path in cache.iterdir())
-    assert names == ["npy.part", "npy.part.txt"], "nothing that could be taken for a cache"
-    with open(next(cache.glob("*.txt")), "a") as stream:
-        stream.write('{"16": {}')  # and as if it had died while it wrote this line
+    assert names == ["lock", "npy.part", "sums.npy"], "nothing that could be taken for a cache"
+    whole = read_all(root, files)
+    part = next(cache.glob("*.part"))
+    with open(part, "r+b") as stream:  # and as if pixels of image 2 had not come to the disk
+        stream.seek(-(40 - 2) * 8 * 8 * 3, os.SEEK_END)
+        stream.write(bytes(100))
     decoded, read_image = [], decode.read_image
-    monkeypatch.setattr(images, "CHUNK", 4)
-    monkeypatch.setattr(decode, "read_image", lambda path, size: decoded.append(path) or read_image(path, size))
+    monkeypatch.setattr(images, "read_image", lambda path, size: decoded.append(path) or read_image(path, size))
     found = open_list(root, files, cache)
-    assert len(decoded) == 40 - 4 * 4
-    whole = torch.stack([torch.tensor(read_image(root / f, 8)).permute(2, 0, 1) for f in files])
+    assert sorted(decoded) == [str(root / file) for file in [files[2], *files[16:]]]
     assert torch.equal(found[:], whole)
     assert sorted(path.name.partition(".")[2] for path in cache.iterdir()) == ["npy", "sums.npy"]
 
 
 def test_two_builds_at_a_time(listing, monkeypatch):
     root, files, cache = listing
-    slow, count = decode.decode_chunk, []
-    monkeypatch.setattr(decode, "decode_chunk", lambda *a: (time.sleep(0.1), count.append(1), slow(*a))[2])
-    threads = [threading.Thread(target=open_list, args=(root, files, cache)) for _ in range(2)]
+    read_image, decoded, found = decode.read_image, [], []
+    whole = read_all(root, files)
+
+    def slow(path, size):
+        decoded.append(path)
+        time.sleep(0.02)
+        return read_image(path, size)
+
+    monkeypatch.setattr(images, "read_image", slow)
+    build = functools.partial(open_list, root, files, cache)
+    threads = [threading.Thread(target=lambda: found.append(build())) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(count) == 2 and len(open_list(root, files, cache)) == 40  # two chunks, each once
+    assert sorted(decoded) == [str(root / file) for file in files], "each once"
+    assert len(found) == 2 and all(torch.equal(one[:], whole) for one in found)
 
 
 def test_a_cache_that_cannot_be_kept_is_an_error(listing, monkeypatch):
@@ -276,13 +299,29 @@ def test_a_cache_that_cannot_be_kept_is_an_error(listing, monkeypatch):
         open_list(root, files, root / "full", 4)
 
 
-def test_a_worker_that_dies_is_an_error(listing, monkeypatch):
+class FullDisk(io.FileIO):
+    """A file that takes no byte beyond the first half of its own size."""
+
+    def write(self, content):
+        if self.tell() > os.fstat(self.fileno()).st_size / 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(content)
+
+
+def test_a_disk_that_fills_up_is_an_error_and_the_build_goes_on(listing, monkeypatch):
     root, files, cache = listing
-    monkeypatch.setattr(images, "SMALL", 0)
-    monkeypatch.setattr(decode, "__file__", str(root / "missing.py"))
-    with pytest.raises(InputError, match="decoding stopped"):
-        open_list(root, files, cache)
-    assert not list(cache.glob("*.npy"))
+    monkeypatch.setattr(images, "CHUNK", 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "open", FullDisk, raising=False)
+        with pytest.raises(InputError, match=r"folder .cache, which cannot be written .*No space left"):
+            open_list(root, files, cache)
+    names = sorted(path.name.partition(".")[2] for path in cache.iterdir())
+    assert names == ["lock", "npy.part", "sums.npy"], "nothing that could be taken for a cache"
+    decoded, read_image = [], decode.read_image
+    monkeypatch.setattr(images, "read_image", lambda path, size: decoded.append(path) or read_image(path, size))
+    assert torch.equal(open_list(root, files, cache)[:], read_all(root, files))
+    assert set(decoded) == {str(root / file) for file in files[len(files) - len(decoded) :]}
+    assert 20 <= len(decoded) < 40
 
 
 # ------------------------------------------------------------------------------------------ downloads
