@@ -21,7 +21,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -52,24 +52,15 @@ HEADER = "epoch     loss    seen  unseen overall  images/s  seconds"
 
 @dataclasses.dataclass
 class RunArgs:
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps"""
-    amp: Literal["auto", "bfloat16", "float16", "off"] = "auto"
-    """autocast dtype; auto: not for small networks on a CPU"""
-    compile: FlagCreatePairsOff[bool] = False
-    """torch.compile the model"""
-    resident: Literal["auto", "on", "off"] = "auto"
-    """keep training images on the device; auto: on CUDA, if they fit"""
-    runs_dir: str = "runs"
-    """where run folders and source models are kept"""
-    name: Annotated[str | None, data.default("STR", "the script's")] = None
-    """the method's name in the run folder, to keep variants apart"""
-    checkpoint_every: float = 5.0
-    """minutes between checkpoints; 0: one after every step"""
-    save_model: bool = True
-    """keep the adapted weights as model.pt"""
-    overwrite: FlagCreatePairsOff[bool] = False
-    """start anew, whatever the run folder holds"""
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    amp: Literal["auto", "bfloat16", "float16", "off"] = "auto"  # autocast dtype; auto: not for small networks on a CPU
+    compile: FlagCreatePairsOff[bool] = False  # torch.compile the model
+    resident: Literal["auto", "on", "off"] = "auto"  # keep training images on the device; auto: on CUDA, if they fit
+    runs_dir: str = "runs"  # where run folders and source models are kept
+    name: data.default(str, "the script's") = None  # the method's name in the run folder, to keep variants apart
+    checkpoint_every: float = 5.0  # minutes between checkpoints; 0: one after every step
+    save_model: bool = True  # keep the adapted weights as model.pt
+    overwrite: FlagCreatePairsOff[bool] = False  # start anew, whatever the run folder holds
 
 
 def parse(args_class):

@@ -14,9 +14,10 @@ from .digits import SMALL_RECIPE, SMALL_SOURCE
 from .folder import PHOTO_RECIPE, PHOTO_SOURCE
 
 
-def default(kind, text):
-    """How --help shows a flag that is None where nothing is given: the kind of its value, and what stands for None."""
-    return tyro.conf.arg(metavar=kind, help_behavior_hint=f"(default: {text})")
+def default(kind, text, metavar=None):
+    """The type of a flag that is None where nothing is given: the kind of its value, and what --help shows for None."""
+    how = tyro.conf.arg(metavar=metavar or kind.__name__.upper(), help_behavior_hint=f"(default: {text})")
+    return Annotated[kind | None, how]
 
 
 def by_recipe(kind, name):
@@ -42,41 +43,22 @@ def check_flag(name, value, low=0, high=MOST):
 @dataclass
 class TaskArgs:
     # no docstring: --help would print it
-    dataset: str = "digits"
-    """a name in data.DATASETS"""
-    source: Annotated[str | None, default("STR", "the data set's first")] = None
-    """domain of the source model"""
-    target: Annotated[str | None, default("STR", "the next one")] = None
-    """domain to adapt to"""
-    seen_classes: Annotated[str | None, default("STR", "half, or published")] = None
-    """how many, a file of names, paper, or data (all)"""
-    oracle: FlagCreatePairsOff[bool] = False
-    """train on target images of all classes: an upper bound"""
-    split_seed: int = 0
-    """which classes are seen, which images are for training"""
-    pseudo_split: Annotated[int | None, default("INT", "none")] = None
-    """run k of PCV calibration: seen classes play the unseen"""
-    data_root: Annotated[str | None, default("STR", "$HT_DATA, else datasets")] = None
-    """folder with one folder per data set"""
-    download: FlagCreatePairsOff[bool] = False
-    """fetch what is missing, where there is a stable address"""
-    image_size: Annotated[int | None, default("INT", f"{PHOTO_RECIPE['image_size']}")] = None
-    """side of the squares that photographs are resized to"""
-    skip_bad_images: FlagCreatePairsOff[bool] = False
-    """leave out images that cannot be read"""
-    ignore_unknown_classes: FlagCreatePairsOff[bool] = False
-    """leave out target images of classes that the source lacks"""
-    arch: Annotated[str | None, by_recipe("STR", "arch")] = None
-    """or another of torchvision, timm:NAME, clip:NAME"""
-    weights: Annotated[str | None, default("STR", "imagenet")] = None
-    """pretrained: imagenet, none, a file, a tag of open_clip"""
-    source_checkpoint: Annotated[str | None, default("FILE", "none")] = None
-    """a source model to start from instead of training one"""
-    source_seed: int = 0
-    """of the source model's training"""
-    source_steps: Annotated[int | None, by_recipe("INT", "source_steps")] = None
-    """of the source model's training"""
-    source_lr: Annotated[float | None, by_recipe("FLOAT", "source_lr")] = None
-    """initial rate of its head"""
-    source_backbone_lr: Annotated[float | None, by_recipe("FLOAT", "source_backbone_lr")] = None
-    """initial rate of its backbone"""
+    dataset: str = "digits"  # a name in data.DATASETS
+    source: default(str, "the data set's first") = None  # domain of the source model
+    target: default(str, "the next one") = None  # domain to adapt to
+    seen_classes: default(str, "half, or published") = None  # how many, a file of names, paper, or data (all)
+    oracle: FlagCreatePairsOff[bool] = False  # train on target images of all classes: an upper bound
+    split_seed: int = 0  # which classes are seen, which images are for training
+    pseudo_split: default(int, "none") = None  # run k of PCV calibration: seen classes play the unseen
+    data_root: default(str, "$HT_DATA, else datasets") = None  # folder with one folder per data set
+    download: FlagCreatePairsOff[bool] = False  # fetch what is missing, where there is a stable address
+    image_size: default(int, PHOTO_RECIPE["image_size"]) = None  # side of the squares that photographs become
+    skip_bad_images: FlagCreatePairsOff[bool] = False  # leave out images that cannot be read
+    ignore_unknown_classes: FlagCreatePairsOff[bool] = False  # leave out target images of classes that the source lacks
+    arch: by_recipe(str, "arch") = None  # or another of torchvision, timm:NAME, clip:NAME
+    weights: default(str, "imagenet") = None  # pretrained: imagenet, none, a file, a tag of open_clip
+    source_checkpoint: default(str, "none") = None  # a source model to start from instead of training one
+    source_seed: int = 0  # of the source model's training
+    source_steps: by_recipe(int, "source_steps") = None  # of the source model's training
+    source_lr: by_recipe(float, "source_lr") = None  # initial rate of its head
+    source_backbone_lr: by_recipe(float, "source_backbone_lr") = None  # initial rate of its backbone

@@ -12,7 +12,7 @@ import copy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,32 +25,21 @@ import runs
 
 @dataclass
 class Method:
-    pull: float = 1.0
-    """strength of the pull"""
+    pull: float = 1.0  # strength of the pull
 
 
 @dataclass
 class Training:
-    epochs: Annotated[int | None, data.by_recipe("INT", "epochs")] = None
-    """evaluations after the source model's; the last one counts"""
-    steps_per_epoch: Annotated[int | None, data.by_recipe("INT", "steps_per_epoch")] = None
-    """gradient steps between two evaluations"""
-    batch_size: Annotated[int | None, data.by_recipe("INT", "batch_size")] = None
-    """images per step"""
-    lr: Annotated[float | None, data.by_recipe("FLOAT", "lr")] = None
-    """initial rate of the head, cosine to 0"""
-    backbone_lr: Annotated[float | None, data.by_recipe("FLOAT", "backbone_lr")] = None
-    """initial rate of the backbone"""
-    weight_decay: float = 5e-4
-    """on every parameter that trains"""
-    clip_grad: Annotated[float | None, data.by_recipe("FLOAT", "clip_grad")] = None
-    """largest norm of the gradient"""
-    bn_mode: Literal["eval", "train"] = "eval"
-    """BatchNorm: eval keeps the source's statistics"""
-    augment: bool = True
-    """random changes of the training images, as the data set says"""
-    seed: int = 0
-    """order and augmentation of the images, and all other randomness"""
+    epochs: data.by_recipe(int, "epochs") = None  # evaluations after the source model's; the last one counts
+    steps_per_epoch: data.by_recipe(int, "steps_per_epoch") = None  # gradient steps between two evaluations
+    batch_size: data.by_recipe(int, "batch_size") = None  # images per step
+    lr: data.by_recipe(float, "lr") = None  # initial rate of the head, cosine to 0
+    backbone_lr: data.by_recipe(float, "backbone_lr") = None  # initial rate of the backbone
+    weight_decay: float = 5e-4  # on every parameter that trains
+    clip_grad: data.by_recipe(float, "clip_grad") = None  # largest norm of the gradient
+    bn_mode: Literal["eval", "train"] = "eval"  # BatchNorm: eval keeps the source's statistics
+    augment: bool = True  # random changes of the training images, as the data set says
+    seed: int = 0  # order and augmentation of the images, and all other randomness
 
 
 @dataclass

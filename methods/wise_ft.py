@@ -13,7 +13,7 @@ import copy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,36 +27,23 @@ from eval import accuracies
 
 @dataclass
 class Method:
-    mode: Literal["weights", "logits"] = "weights"
-    """what is averaged"""
-    mixing: float = 0.5
-    """share of the fine-tuned model in the result"""
-    reestimate_bn: bool = False
-    """re-estimate BatchNorm's statistics of averaged weights on the target"""
+    mode: Literal["weights", "logits"] = "weights"  # what is averaged
+    mixing: float = 0.5  # share of the fine-tuned model in the result
+    reestimate_bn: bool = False  # re-estimate BatchNorm's statistics of averaged weights on the target
 
 
 @dataclass
 class Training:
-    epochs: Annotated[int | None, data.by_recipe("INT", "epochs")] = None
-    """evaluations after the source model's; the last one counts"""
-    steps_per_epoch: Annotated[int | None, data.by_recipe("INT", "steps_per_epoch")] = None
-    """gradient steps between two evaluations"""
-    batch_size: Annotated[int | None, data.by_recipe("INT", "batch_size")] = None
-    """images per step"""
-    lr: Annotated[float | None, data.by_recipe("FLOAT", "lr")] = None
-    """initial rate of the head, cosine to 0"""
-    backbone_lr: Annotated[float | None, data.by_recipe("FLOAT", "backbone_lr")] = None
-    """initial rate of the backbone"""
-    weight_decay: float = 5e-4
-    """on every parameter that trains"""
-    clip_grad: Annotated[float | None, data.by_recipe("FLOAT", "clip_grad")] = None
-    """largest norm of the gradient"""
-    bn_mode: Literal["eval", "train"] = "eval"
-    """BatchNorm: eval keeps the source's statistics"""
-    augment: bool = True
-    """random changes of the training images, as the data set says"""
-    seed: int = 0
-    """order and augmentation of the images, and all other randomness"""
+    epochs: data.by_recipe(int, "epochs") = None  # evaluations after the source model's; the last one counts
+    steps_per_epoch: data.by_recipe(int, "steps_per_epoch") = None  # gradient steps between two evaluations
+    batch_size: data.by_recipe(int, "batch_size") = None  # images per step
+    lr: data.by_recipe(float, "lr") = None  # initial rate of the head, cosine to 0
+    backbone_lr: data.by_recipe(float, "backbone_lr") = None  # initial rate of the backbone
+    weight_decay: float = 5e-4  # on every parameter that trains
+    clip_grad: data.by_recipe(float, "clip_grad") = None  # largest norm of the gradient
+    bn_mode: Literal["eval", "train"] = "eval"  # BatchNorm: eval keeps the source's statistics
+    augment: bool = True  # random changes of the training images, as the data set says
+    seed: int = 0  # order and augmentation of the images, and all other randomness
 
 
 @dataclass
