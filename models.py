@@ -28,7 +28,7 @@ class Classifier(nn.Module):
     forward(images): uint8, or float in [0, 1], [N, 1 or 3, H, W]; one channel is repeated where mean has three.
     Returns float32 logits [N, C]; with return_features also the head's input, float32 features [N, D] (float64 after
     .double()).
-    amp: the dtype that backbone and head are autocast to, or None.
+    amp: the dtype that the backbone is autocast to, or None. The head never is.
     """
 
     def __init__(self, backbone, head, mean, std):
@@ -40,11 +40,13 @@ class Classifier(nn.Module):
     def forward(self, images, return_features=False):
         if images.dtype == torch.uint8:
             images = images.float() / 255
-        with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
+        device = images.device.type
+        with torch.autocast(device, self.amp, enabled=self.amp is not None):
             features = self.backbone((images - self.mean) / self.std)
-            logits = self.head(features)
         if self.amp is not None:
-            logits, features = logits.float(), features.float()
+            features = features.float()
+        with torch.autocast(device, enabled=False):  # bfloat16 logits of 16 to 32 would come in steps of 0.125
+            logits = self.head(features)
         return (logits, features) if return_features else logits
 
 
@@ -323,6 +325,8 @@ def source_key(task, arch, weights, seed, amp):
     """A name for all that determines a source model."""
     recipe = {"version": SOURCE_VERSION, "arch": arch, "seed": seed, "amp": str(amp), **task.source_recipe}
     recipe |= {"weights": weights, "classes": task.classes}
+    if amp is not None:
+        recipe["version"] += 1  # its head was autocast before
     if weights is not None and Path(weights).is_file():
         recipe["weights"] = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())

@@ -176,6 +176,23 @@ def test_amp_gives_float32_logits_and_features_in_its_precision():
     assert not torch.equal(logits, exact) and torch.allclose(logits, exact, atol=0.1)
 
 
+@pytest.mark.parametrize("caller", [False, True], ids=["", "in an autocast of the caller's"])
+def test_the_head_is_in_float32(caller):
+    """A bfloat16 head gives logits of 16 to 32 in steps of 0.125: with 397 classes the two best tie in 4 % of images."""
+    torch.manual_seed(0)
+    model = models.build("small_cnn", 397, (1, 28, 28)).eval()
+    model.head.weight.data *= 300
+    model.amp = torch.bfloat16
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=caller):
+        logits, features = model(torch.rand(200, 1, 28, 28), return_features=True)
+    assert logits.abs().max() > 16 and not torch.equal(logits, logits.bfloat16().float())
+    torch.testing.assert_close(logits, features @ model.head.weight.T + model.head.bias, rtol=1e-6, atol=1e-6)
+    first, second = logits.topk(2, dim=1).values.T
+    assert (first > second).all()
+    first, second = logits.bfloat16().topk(2, dim=1).values.T
+    assert (first == second).any()
+
+
 def test_batchnorms_are_found():
     assert len(models.batchnorms(models.build("small_cnn", 7, (1, 28, 28)))) == 3
     assert models.batchnorms(models.build("lenet", 7, (1, 28, 28))) == []
