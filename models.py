@@ -50,17 +50,38 @@ class Classifier(nn.Module):
         return (logits, features) if return_features else logits
 
 
+def evaluation_batch(device, image_shape):
+    """How many images (c, H, W) are evaluated at a time: the fewer the larger they are. On a CPU as many as stay in its
+    cache, 4 to 64; elsewhere 16 to 512, of 3x224x224 the most."""
+    fewest, most, values = (4, 64, 600_000) if device.type == "cpu" else (16, 512, 512 * 3 * 224 * 224)
+    return min(most, max(fewest, values // image_shape.numel()))
+
+
+def on_device(batches, device):
+    """Each of the batches on the device, channels-last. To CUDA one is copied while the model works on those before:
+    from pinned memory, on a stream of its own."""
+    if device.type != "cuda":
+        yield from (images.to(device, memory_format=torch.channels_last) for images in batches)
+        return
+    copies, now = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    for images in batches:
+        with torch.cuda.stream(copies):
+            images = images.pin_memory().to(device, non_blocking=True)
+        now.wait_stream(copies)
+        images.record_stream(now)  # its memory goes to no later copy before the model has read it
+        yield images.contiguous(memory_format=torch.channels_last)
+
+
 @torch.inference_mode()
 def predict(model, images, return_features=False, batch_size=None):
     """float32 logits [N, C] of a Classifier in eval mode for uint8 images [N, c, H, W], as a numpy array. With
-    return_features also the float32 features [N, D]. Every module is left in the mode that it was in. batch_size: None
-    is 512; on a CPU as many as stay in its cache, from 4 to 64, the fewer the larger they are."""
+    return_features also the float32 features [N, D]. Every module is left in the mode that it was in. batch_size:
+    None is evaluation_batch's."""
     was_training = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
-    if batch_size is None:
-        batch_size = 512 if device.type != "cpu" else min(64, max(4, 600_000 // images.shape[1:].numel()))
+    batches = images.split(batch_size or evaluation_batch(device, images.shape[1:]))
     model.eval()
-    parts = [model(x.to(device, memory_format=torch.channels_last), return_features) for x in images.split(batch_size)]
+    parts = [model(batch, return_features) for batch in on_device(batches, device)]
     for module, training in was_training.items():
         module.training = training
     if not return_features:

@@ -5,6 +5,7 @@ import urllib.error
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from conftest import ROOT, load_task
 from torch import nn
@@ -178,7 +179,7 @@ def test_amp_gives_float32_logits_and_features_in_its_precision():
 
 @pytest.mark.parametrize("caller", [False, True], ids=["", "in an autocast of the caller's"])
 def test_the_head_is_in_float32(caller):
-    """A bfloat16 head gives logits of 16 to 32 in steps of 0.125: with 397 classes the two best tie in 4 % of images."""
+    """A bfloat16 head gives logits of 16 to 32 in steps of 0.125: of 397 classes the best two tie in 4 % of images."""
     torch.manual_seed(0)
     model = models.build("small_cnn", 397, (1, 28, 28)).eval()
     model.head.weight.data *= 300
@@ -191,6 +192,15 @@ def test_the_head_is_in_float32(caller):
     assert (first > second).all()
     first, second = logits.bfloat16().topk(2, dim=1).values.T
     assert (first == second).any()
+
+
+@pytest.mark.parametrize(
+    ("side", "cpu", "cuda"), [(28, 64, 512), (112, 15, 512), (224, 4, 512), (336, 4, 227), (2000, 4, 16)]
+)
+def test_larger_images_are_evaluated_fewer_at_a_time(side, cpu, cuda):
+    shape = torch.Size((3, side, side))
+    assert models.evaluation_batch(torch.device("cpu"), shape) == cpu
+    assert models.evaluation_batch(torch.device("cuda"), shape) == cuda
 
 
 def test_batchnorms_are_found():
