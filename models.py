@@ -75,13 +75,14 @@ def on_device(batches, device):
 @torch.inference_mode()
 def predict(model, images, return_features=False, batch_size=None):
     """float32 logits [N, C] of a Classifier in eval mode for uint8 images [N, c, H, W], as a numpy array. With
-    return_features also the float32 features [N, D]. Every module is left in the mode that it was in. batch_size:
-    None is evaluation_batch's."""
+    return_features also the float32 features [N, D]. Every module is left in the mode that it was in. A compiled model
+    runs eagerly here. batch_size: None is evaluation_batch's."""
     was_training = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
     batches = images.split(batch_size or evaluation_batch(device, images.shape[1:]))
     model.eval()
-    parts = [model(batch, return_features) for batch in on_device(batches, device)]
+    with torch.compiler.set_stance("force_eager"):  # more batch sizes would make the graph that trains a dynamic one
+        parts = [model(batch, return_features) for batch in on_device(batches, device)]
     for module, training in was_training.items():
         module.training = training
     if not return_features:

@@ -194,6 +194,36 @@ def test_the_head_is_in_float32(caller):
     assert (first == second).any()
 
 
+@pytest.mark.parametrize("amp", [None, torch.bfloat16])
+@pytest.mark.parametrize("arch", ["small_cnn", "resnet18"])
+def test_one_static_graph_trains_a_compiled_model(arch, amp):
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    model = models.build(arch, 7, (3, 32, 32), None if arch in models.SMALL else "none")
+    model.amp = amp
+    model.compile(backend=count)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    test_images = torch.randint(0, 256, (19, 3, 32, 32), dtype=torch.uint8)
+    before = models.predict(model, test_images, batch_size=8)  # 8, 8 and 3
+    for _ in range(2):
+        model.train()
+        for layer in models.batchnorms(model):
+            layer.eval()
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(model(torch.rand(4, 3, 32, 32)), torch.arange(4)).backward()
+            optimizer.step()
+        after = models.predict(model, test_images, batch_size=8)
+    assert len(graphs) == 1 and not (before == after).all()
+    shapes = [node.meta["example_value"].shape for node in graphs[0].graph.nodes if node.op == "placeholder"]
+    assert all(isinstance(side, int) for shape in shapes for side in shape)
+
+
 @pytest.mark.parametrize(
     ("side", "cpu", "cuda"), [(28, 64, 512), (112, 15, 512), (224, 4, 512), (336, 4, 227), (2000, 4, 16)]
 )
