@@ -155,7 +155,10 @@ class Run:
             self.leave()
         if isinstance(error, torch.OutOfMemoryError):
             size, device = self.args.batch_size, self.args.device
-            error = InputError(f"--batch-size {size} is too large: --device {device} is out of memory")
+            error = f"--batch-size {size} is too large: --device {device} is out of memory"
+            if device != "cpu" and self.args.resident != "off":
+                error += "; --resident off frees the images"
+            error = InputError(error)
         if isinstance(error, InputError):
             fail(error)
         if kind is SystemExit and self.stop.signal:
