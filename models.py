@@ -254,8 +254,8 @@ def choose_device(device, amp, arch):
     """(torch.device, autocast dtype or None) for --device auto|cpu|cuda|cuda:N|mps, --amp auto|bfloat16|float16|off and
     the name of a network. Raises InputError if the device is not there.
 
-    auto is CUDA where there is one; there bfloat16 where it is supported, else float16. On a CPU bfloat16 where that
-    multiplies in it (AVX512-BF16 or AMX), but float32 for SMALL, which gain little. float32 anywhere else.
+    A device that is auto is CUDA where there is one. amp that is auto is autocast_dtype's, but float32 for SMALL: they
+    gain little, and have the same figures everywhere.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -264,12 +264,20 @@ def choose_device(device, amp, arch):
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"--device {device}: not available here ({first_line(error)})") from error
     device = torch.device(device)
-    if amp == "auto" and device.type == "cuda":
-        amp = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-    elif amp == "auto" and device.type == "cpu" and arch not in SMALL:
-        can = getattr(torch.cpu, "get_capabilities", dict)()  # an old torch cannot say
-        amp = "bfloat16" if can.get("avx512_bf16") or can.get("amx_bf16") else "off"
+    if amp == "auto" and arch not in SMALL:
+        return device, autocast_dtype(device)
     return device, None if amp in ("auto", "off") else getattr(torch, amp)
+
+
+def autocast_dtype(device):
+    """The dtype that pays on this device: bfloat16 where it multiplies in that (CUDA: not by emulation; a CPU: with
+    AVX512-BF16 or AMX), float16 on any other CUDA GPU, None elsewhere."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):  # the question is about the current one
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    can = getattr(torch.cpu, "get_capabilities", dict)()  # an old torch cannot say
+    fast = device.type == "cpu" and (can.get("avx512_bf16") or can.get("amx_bf16"))
+    return torch.bfloat16 if fast else None
 
 
 def tune_process():
@@ -282,12 +290,6 @@ def tune_process():
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD, from malloc.h
         mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
-
-
-def cpu_has_bfloat16():
-    """Whether this CPU has instructions that multiply in bfloat16; False where this torch is too old to say."""
-    can = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
 
 
 def load_state(model, state, where):

@@ -55,7 +55,7 @@ class RunArgs:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
     amp: Literal["auto", "bfloat16", "float16", "off"] = "auto"
-    """autocast dtype; auto: not for small networks on a CPU"""
+    """autocast dtype; auto: not for small networks; off on CUDA: TF32"""
     compile: FlagCreatePairsOff[bool] = False
     """torch.compile the model"""
     resident: Literal["auto", "on", "off"] = "auto"

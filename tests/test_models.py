@@ -1,3 +1,4 @@
+import contextlib
 import platform
 import subprocess
 import sys
@@ -141,6 +142,20 @@ def test_amp_on_a_cpu(name, dtype, monkeypatch):
     assert models.choose_device("cpu", "bfloat16", "small_cnn") == (cpu, torch.bfloat16)
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert models.choose_device("cpu", "auto", "resnet18") == (cpu, None)
+
+
+@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_amp_on_a_gpu_does_not_count_emulation(native, dtype, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: asked.append(device) or contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: torch.ones(size))  # the GPU that is not there
+    for name in ("cuda", "cuda:1"):
+        device = torch.device(name)
+        assert models.choose_device(name, "auto", "resnet18") == (device, dtype)
+        assert models.choose_device(name, "auto", "small_cnn") == (device, None)
+        assert models.choose_device(name, "off", "resnet18") == (device, None)
+    assert asked == [torch.device("cuda"), torch.device("cuda:1")]
 
 
 FAULTS = """
