@@ -28,7 +28,7 @@ class Classifier(nn.Module):
     forward(images): uint8, or float in [0, 1], [N, 1 or 3, H, W]; one channel is repeated where mean has three.
     Returns float32 logits [N, C]; with return_features also the head's input, float32 features [N, D] (float64 after
     .double()).
-    amp: the dtype that backbone and head are autocast to, or None.
+    amp: the dtype that the backbone is autocast to, or None. The head never is.
     """
 
     def __init__(self, backbone, head, mean, std):
@@ -40,25 +40,49 @@ class Classifier(nn.Module):
     def forward(self, images, return_features=False):
         if images.dtype == torch.uint8:
             images = images.float() / 255
-        with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
+        device = images.device.type
+        with torch.autocast(device, self.amp, enabled=self.amp is not None):
             features = self.backbone((images - self.mean) / self.std)
-            logits = self.head(features)
         if self.amp is not None:
-            logits, features = logits.float(), features.float()
+            features = features.float()
+        with torch.autocast(device, enabled=False):  # bfloat16 logits of 16 to 32 would come in steps of 0.125
+            logits = self.head(features)
         return (logits, features) if return_features else logits
+
+
+def evaluation_batch(device, image_shape):
+    """How many images (c, H, W) are evaluated at a time: the fewer the larger they are. On a CPU as many as stay in its
+    cache, 4 to 64; elsewhere 16 to 512, of 3x224x224 the most."""
+    fewest, most, values = (4, 64, 600_000) if device.type == "cpu" else (16, 512, 512 * 3 * 224 * 224)
+    return min(most, max(fewest, values // image_shape.numel()))
+
+
+def on_device(batches, device):
+    """Each of the batches on the device, channels-last. To CUDA one is copied while the model works on those before:
+    from pinned memory, on a stream of its own."""
+    if device.type != "cuda":
+        yield from (images.to(device, memory_format=torch.channels_last) for images in batches)
+        return
+    copies, now = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    for images in batches:
+        with torch.cuda.stream(copies):
+            images = images.pin_memory().to(device, non_blocking=True)
+        now.wait_stream(copies)
+        images.record_stream(now)  # its memory goes to no later copy before the model has read it
+        yield images.contiguous(memory_format=torch.channels_last)
 
 
 @torch.inference_mode()
 def predict(model, images, return_features=False, batch_size=None):
     """float32 logits [N, C] of a Classifier in eval mode for uint8 images [N, c, H, W], as a numpy array. With
-    return_features also the float32 features [N, D]. Every module is left in the mode that it was in. batch_size: None
-    is 512; on a CPU as many as stay in its cache, from 4 to 64, the fewer the larger they are."""
+    return_features also the float32 features [N, D]. Every module is left in the mode that it was in. A compiled model
+    runs eagerly here. batch_size: None is evaluation_batch's."""
     was_training = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
-    if batch_size is None:
-        batch_size = 512 if device.type != "cpu" else min(64, max(4, 600_000 // images.shape[1:].numel()))
+    batches = images.split(batch_size or evaluation_batch(device, images.shape[1:]))
     model.eval()
-    parts = [model(x.to(device, memory_format=torch.channels_last), return_features) for x in images.split(batch_size)]
+    with torch.compiler.set_stance("force_eager"):  # more batch sizes would make the graph that trains a dynamic one
+        parts = [model(batch, return_features) for batch in on_device(batches, device)]
     for module, training in was_training.items():
         module.training = training
     if not return_features:
@@ -230,8 +254,8 @@ def choose_device(device, amp, arch):
     """(torch.device, autocast dtype or None) for --device auto|cpu|cuda|cuda:N|mps, --amp auto|bfloat16|float16|off and
     the name of a network. Raises InputError if the device is not there.
 
-    auto is CUDA where there is one; there bfloat16 where it is supported, else float16. On a CPU bfloat16 where that
-    multiplies in it (AVX512-BF16 or AMX), but float32 for SMALL, which gain little. float32 anywhere else.
+    A device that is auto is CUDA where there is one. amp that is auto is autocast_dtype's, but float32 for SMALL: they
+    gain little, and have the same figures everywhere.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -240,12 +264,20 @@ def choose_device(device, amp, arch):
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"--device {device}: not available here ({first_line(error)})") from error
     device = torch.device(device)
-    if amp == "auto" and device.type == "cuda":
-        amp = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-    elif amp == "auto" and device.type == "cpu" and arch not in SMALL:
-        can = getattr(torch.cpu, "get_capabilities", dict)()  # an old torch cannot say
-        amp = "bfloat16" if can.get("avx512_bf16") or can.get("amx_bf16") else "off"
+    if amp == "auto" and arch not in SMALL:
+        return device, autocast_dtype(device)
     return device, None if amp in ("auto", "off") else getattr(torch, amp)
+
+
+def autocast_dtype(device):
+    """The dtype that pays on this device: bfloat16 where it multiplies in that (CUDA: not by emulation; a CPU: with
+    AVX512-BF16 or AMX), float16 on any other CUDA GPU, None elsewhere."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):  # the question is about the current one
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    can = getattr(torch.cpu, "get_capabilities", dict)()  # an old torch cannot say
+    fast = device.type == "cpu" and (can.get("avx512_bf16") or can.get("amx_bf16"))
+    return torch.bfloat16 if fast else None
 
 
 def tune_process():
@@ -258,12 +290,6 @@ def tune_process():
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD, from malloc.h
         mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
-
-
-def cpu_has_bfloat16():
-    """Whether this CPU has instructions that multiply in bfloat16; False where this torch is too old to say."""
-    can = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
 
 
 def load_state(model, state, where):
@@ -323,6 +349,8 @@ def source_key(task, arch, weights, seed, amp):
     """A name for all that determines a source model."""
     recipe = {"version": SOURCE_VERSION, "arch": arch, "seed": seed, "amp": str(amp), **task.source_recipe}
     recipe |= {"weights": weights, "classes": task.classes}
+    if amp is not None:
+        recipe["version"] += 1  # its head was autocast before
     if weights is not None and Path(weights).is_file():
         recipe["weights"] = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())

@@ -53,7 +53,7 @@ HEADER = "epoch     loss    seen  unseen overall  images/s  seconds"
 @dataclasses.dataclass
 class RunArgs:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    amp: Literal["auto", "bfloat16", "float16", "off"] = "auto"  # autocast dtype; auto: not for small networks on a CPU
+    amp: Literal["auto", "bfloat16", "float16", "off"] = "auto"  # autocast dtype; auto: not for small networks
     compile: FlagCreatePairsOff[bool] = False  # torch.compile the model
     resident: Literal["auto", "on", "off"] = "auto"  # keep training images on the device; auto: on CUDA, if they fit
     runs_dir: str = "runs"  # where run folders and source models are kept
@@ -146,7 +146,10 @@ class Run:
             self.leave()
         if isinstance(error, torch.OutOfMemoryError):
             size, device = self.args.batch_size, self.args.device
-            error = InputError(f"--batch-size {size} is too large: --device {device} is out of memory")
+            error = f"--batch-size {size} is too large: --device {device} is out of memory"
+            if device != "cpu" and self.args.resident != "off":
+                error += "; --resident off frees the images"
+            error = InputError(error)
         if isinstance(error, InputError):
             fail(error)
         if kind is SystemExit and self.stop.signal:

@@ -59,8 +59,8 @@ def test_methods_run_in_bfloat16(method, run_method, read, runs_dir):
     assert done["versions"]["amp"] == "torch.bfloat16"
     assert {parameter.dtype for parameter in names["model"].parameters()} == {torch.float32}
     assert all(line["loss"] is None or np.isfinite(line["loss"]) for line in log)
-    logits = arrays["source_test_logits"]  # the head was autocast
-    assert np.array_equal(logits, torch.from_numpy(logits).bfloat16().float().numpy())
+    logits = arrays["source_test_logits"]  # the head was not autocast
+    assert (logits != torch.from_numpy(logits).bfloat16().float().numpy()).mean() > 0.9
 
 
 def test_a_pseudo_split_is_a_run_beside_the_run(run_method, read):

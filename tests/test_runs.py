@@ -247,7 +247,13 @@ def test_out_of_memory_names_the_batch_size(run_method, monkeypatch, capsys):
     stopped(lambda: run_method("naive_ft", "--name", "oom", "--batch-size", "70"), 2)
     error = capsys.readouterr().err
     assert error.startswith("error: --batch-size 70 ") and "--device cpu is out of memory" in error
-    assert len(error.splitlines()) == 1
+    assert len(error.splitlines()) == 1 and "--resident" not in error
+    for resident in ("auto", "on", "off"):
+        flags = ("--name", f"oom-{resident}", "--device", "auto", "--resident", resident)
+        stopped(lambda flags=flags: run_method("naive_ft", *flags), 2)
+        error = capsys.readouterr().err
+        assert error.startswith("error: --batch-size 64 is too large: --device auto is out of memory")
+        assert ("; --resident off frees the images" in error) == (resident != "off")
 
 
 def test_a_finished_run_shows_what_its_logits_say(run_method, capsys):
