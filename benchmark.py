@@ -27,7 +27,7 @@ from scipy import stats
 from tqdm import tqdm
 
 import data
-from eval import CALIBRATED, REQUIRED, read_arrays, read_run, seen_unseen_curve, table
+from eval import CALIBRATED, REQUIRED, footnote, read_arrays, read_run, seen_unseen_curve, table
 from files import InputError, differences, read_json, write_atomic
 from runs import BUSY, NOT_COMPARED
 
@@ -242,21 +242,33 @@ def values(runs, name):
     return [] if name == "pcv" and None in found else found  # a mean over some of the runs would mislead
 
 
+def known(runs, name):
+    """{key: accuracy} of the runs that have it."""
+    return {key: run["final"][name] for key, run in runs.items() if run["final"][name] is not None}
+
+
 def rows_of(tasks, reference):
-    """A row (dict) per task and method, from the worst overall accuracy to the best."""
+    """A row (dict) per task and method, from the worst overall accuracy to the best; last, those that have none."""
     rows = []
     for task, methods in tasks.items():
-        baseline = {key: run["final"]["overall"] for key, run in methods.get(reference, {}).items()}
+        baseline = known(methods.get(reference, {}), "overall")
         for method, runs in with_source(methods).items():
             columns = {name: values(runs, name) for name in ("overall", "seen", "unseen", "harmonic_mean", "ausuc")}
             columns |= {f"{kind}_overall": values(runs, kind) for kind in CALIBRATED}
-            paired = [run["final"]["overall"] - baseline[key] for key, run in runs.items() if key in baseline]
+            overall = known(runs, "overall")
+            paired = [overall[key] - baseline[key] for key in overall if key in baseline]
             columns[f"vs_{reference}"] = [] if method == reference else paired
             row = {"task": task, "method": method, "runs": len(runs)}
             for name, column in columns.items():
                 row[name], row[f"{name}_pm"] = interval(column)
             rows.append(row)
-    return sorted(rows, key=lambda row: (row["task"], row["overall"]))
+    return sorted(rows, key=rank)
+
+
+def rank(row):
+    """Sorts rows by task and overall accuracy; the rows without it come last, by name."""
+    unknown = row["overall"] is None
+    return row["task"], unknown, row["method"] if unknown else row["overall"]
 
 
 def rounded(row):
@@ -280,7 +292,8 @@ def report(options):
         print(table(rows, options.format))
     for task, methods in tasks.items():
         if options.format == "md":
-            print(f"\n**{task}**\n\n{table([rounded(row) for row in rows if row['task'] == task])}")
+            note = footnote(run["final"] for runs in methods.values() for run in runs.values())
+            print(f"\n**{task}**\n\n{table([rounded(row) for row in rows if row['task'] == task])}{note}")
         if options.figures:
             draw(task, with_source(methods), options.figures)
 

@@ -3,7 +3,7 @@
     python eval.py RUN... --format md        # every figure anew, from the runs' logits.npz
 
 Functions on arrays (numpy's, or tensors), which need numpy alone and raise ValueError. Accuracies are top-1 in % over
-all C candidate classes. What has no image to average over is None (null, -), never nan.
+all C candidate classes. What is not known is None (null, -), never nan.
 """
 
 import csv
@@ -81,23 +81,25 @@ def accuracies(logits, labels, seen, gamma=0.0):
     seen_among_seen, unseen_among_unseen: the same images, with the candidates of their own group only.
     harmonic_mean: of seen and unseen. class_mean: mean accuracy over the classes that have images.
     ausuc: see ausuc, from 0 to 1. Raises ValueError as check does.
+    Without images of one group, overall, harmonic_mean, class_mean and ausuc are None: see UNKNOWN.
     """
     logits, labels, seen = check(logits, labels, seen)
     is_seen = seen[labels]
+    both = is_seen.any() and not is_seen.all()
     seen_class, unseen_class = best_by_group(logits, seen)
     correct = (logits + gamma * ~seen if gamma else logits).argmax(1) == labels
     result = {
-        "overall": mean_percent(correct),
+        "overall": mean_percent(correct) if both else None,
         "seen": mean_percent(correct[is_seen]),
         "unseen": mean_percent(correct[~is_seen]),
         "seen_among_seen": mean_percent((seen_class == labels)[is_seen]),
         "unseen_among_unseen": mean_percent((unseen_class == labels)[~is_seen]),
     }
     a, b = result["seen"], result["unseen"]
-    result["harmonic_mean"] = None if a is None or b is None else 2 * a * b / max(a + b, 1e-9)
+    result["harmonic_mean"] = 2 * a * b / max(a + b, 1e-9) if both else None
     images = np.bincount(labels, minlength=len(seen))
     share = np.bincount(labels[correct], minlength=len(seen)) / images.clip(1)
-    result["class_mean"] = mean_percent(share[images > 0])
+    result["class_mean"] = mean_percent(share[images > 0]) if both else None
     result["ausuc"] = ausuc(logits, labels, seen)
     return result
 
@@ -227,6 +229,10 @@ def pcv_gamma(splits):
 REQUIRED = ("test_logits", "test_labels", "seen")
 OPTIONAL = ("source_test_logits", "train_logits", "train_labels", "source_train_logits", "classes")
 CALIBRATED = ("alg", "alg_source", "pcv", "oracle_gamma")  # biases on the unseen classes' logits
+UNKNOWN = (
+    "overall -: no test image of a seen class, or none of an unseen one, so how good the model is over all classes "
+    "is not known; not ranked, not in means"
+)
 SHOWN = ("run", "source_overall", "overall", "seen", "unseen", "unseen_among_unseen", "ausuc", "alg_overall")
 
 
@@ -321,6 +327,12 @@ def table(rows, style="md"):
     return "\n".join(f"| {' | '.join(row)} |" for row in padded)
 
 
+def footnote(figures):
+    """What to print under a table of these accuracies: UNKNOWN, or nothing."""
+    lacking = any(accuracies["overall"] is None for accuracies in figures)
+    return f"\n\n{UNKNOWN}" if lacking else ""
+
+
 def main(runs: tuple[Path, ...], /, format: Literal["md", "csv", "json"] = "md", all: bool = False):
     """Print a table with a row for every run, recomputed from its logits.npz.
 
@@ -341,7 +353,8 @@ def main(runs: tuple[Path, ...], /, format: Literal["md", "csv", "json"] = "md",
     rows = results if format == "json" else [row_of(result) for result in results]
     if format == "md" and not all:
         rows = [{name: row[name] for name in SHOWN} for row in rows]
-    print(table(rows, format))
+    note = footnote(result["final"] for result in results) if format == "md" else ""
+    print(table(rows, format) + note)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from tyro.conf import FlagCreatePairsOff
 
 import data
 import files
-from eval import accuracies, mean_percent, number, read_run, table
+from eval import accuracies, footnote, mean_percent, number, read_run, table
 from files import InputError
 from models import predict
 
@@ -123,7 +123,8 @@ def agree(old, new):
 
 
 def result_table(done):
-    return table([{"model": name, **done[key]} for name, key in (("source (epoch 0)", "source"), ("result", "final"))])
+    rows = [{"model": "source (epoch 0)", **done["source"]}, {"model": "result", **done["final"]}]
+    return table(rows) + footnote(rows)
 
 
 def versions(device, model):

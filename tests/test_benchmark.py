@@ -12,7 +12,7 @@ from conftest import ROOT
 from tqdm import tqdm
 
 import benchmark
-from eval import read_run
+from eval import UNKNOWN, read_run
 from files import InputError, take_lock
 
 
@@ -119,6 +119,22 @@ def test_four_figures_of_any_subset(tmp_path, capsys):
             assert content.startswith(b"%PDF" if name.endswith("pdf") else b"\x89PNG") and len(content) > 5000
 
 
+def test_what_is_not_known_is_not_ranked(tmp_path, capsys):
+    fake_run(tmp_path, "naive_ft", 0, 100, kinds=2)
+    fake_run(tmp_path, "b", 0, 90, kinds=2)
+    fake_run(tmp_path, "a", 0, 95, kinds=2)
+    fake_run(tmp_path, "other", 1, 30)
+    benchmark.report(benchmark.Report((tmp_path,)))
+    shown = capsys.readouterr().out
+    cells = [[cell.strip() for cell in line.split("|")[1:4]] for line in shown.splitlines()[5:-2]]
+    assert cells == [["other", "1", "30.0"], ["a", "1", "-"], ["b", "1", "-"], ["naive_ft", "1", "-"],
+                     ["source model", "1", "-"]]  # fmt: skip
+    assert shown.endswith(f"\n\n{UNKNOWN}\n")
+    fake_run(tmp_path / "whole", "naive_ft", 0, 100)
+    benchmark.report(benchmark.Report((tmp_path / "whole",)))
+    assert UNKNOWN not in capsys.readouterr().out
+
+
 def test_report_over_targets(tmp_path, capsys):
     for target, value in (("w1", 40), ("w2", 60), ("w3", 80)):  # w1 has no unseen class in its test part
         fake_run(tmp_path / target, "naive_ft", 0, value, kinds=2 if target == "w1" else 4, target=target)
@@ -126,7 +142,8 @@ def test_report_over_targets(tmp_path, capsys):
     benchmark.report(options)
     rows = {row["method"]: row for row in json.loads(capsys.readouterr().out)}
     assert rows["naive_ft"]["task"] == "d a to all, 2 seen" and rows["naive_ft"]["runs"] == 3
-    assert rows["naive_ft"]["overall"] == pytest.approx(60) and rows["naive_ft"]["unseen"] == pytest.approx(70)
+    assert rows["naive_ft"]["overall"] == pytest.approx(70) and rows["naive_ft"]["unseen"] == pytest.approx(70)
+    assert rows["naive_ft"]["seen"] == pytest.approx(60)  # which is known of w1 too
     assert len(list((tmp_path / "figures").iterdir())) == 8
     benchmark.report(benchmark.Report((tmp_path / "w1",), figures=tmp_path / "none"))
     shown = capsys.readouterr().out  # - for what there is not

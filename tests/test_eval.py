@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 
 import eval as evaluation
+import runs
 
 
 def loop_accuracies(logits, labels, seen):
@@ -37,6 +38,9 @@ def loop_accuracies(logits, labels, seen):
     )
     means = [math.fsum(v) / len(v) for v in per_class.values()]
     result["class_mean"] = 100 * math.fsum(means) / len(means) if means else None
+    groups = {bool(seen[label]) for label in per_class}
+    if groups != {True, False}:  # how good the model is over all classes is not known
+        result |= dict.fromkeys(("overall", "harmonic_mean", "class_mean", "ausuc"))
     points = loop_curve(logits, labels, seen)
     area = [(a0 - a1) * (b0 + b1) / 2 for (_, a0, b0), (_, a1, b1) in itertools.pairwise(points)]
     result["ausuc"] = math.fsum(area) / 1e4 if points else None
@@ -205,6 +209,30 @@ def test_alg_against_the_source_by_a_loop():
     source[7, 2] = np.nan
     with pytest.raises(ValueError, match="source_train_logits: row 7 has nan"):
         evaluation.alg_source_gamma(logits, source, labels, seen)
+
+
+@pytest.mark.parametrize("group", ["seen", "unseen"])
+def test_over_all_classes_nothing_is_known_from_one_group(group, npz, tmp_path):
+    arrays = dict(npz[1])
+    own = arrays["seen"][arrays["test_labels"]] == (group == "seen")
+    for name in ("test_logits", "source_test_logits", "test_labels"):
+        arrays[name] = arrays[name][own]
+    np.savez(tmp_path / "logits.npz", **arrays)
+    run = evaluation.read_run(tmp_path)
+    assert {run[part]["overall"] for part in ("source", "final", "alg", "alg_source")} == {None}
+    assert run["final"][group] is not None and run["oracle_gamma"] is None
+    command = [sys.executable, str(ROOT / "eval.py"), str(tmp_path), "--format"]
+    shown = {}
+    for style in ("md", "csv", "json"):
+        shown[style] = subprocess.run([*command, style], check=True, capture_output=True, text=True).stdout
+    lines = shown["md"].splitlines()
+    cells = [cell.strip() for cell in lines[2].split("|")[2:4]]
+    assert cells == ["-", "-"] and lines[3:] == ["", evaluation.UNKNOWN]
+    assert json.loads(shown["json"])[0]["final"]["overall"] is None
+    assert evaluation.UNKNOWN not in shown["csv"] + shown["json"]
+    assert runs.result_table(run).endswith(f"\n\n{evaluation.UNKNOWN}")
+    whole = evaluation.read_run(npz[0])
+    assert evaluation.UNKNOWN not in runs.result_table(whole)
 
 
 def test_half_precision_tensors():
