@@ -27,9 +27,9 @@ from scipy import stats
 from tqdm import tqdm
 
 import data
-from eval import CALIBRATED, REQUIRED, footnote, read_arrays, read_run, seen_unseen_curve, table
+from eval import CALIBRATED, NOT_COMPARED, REQUIRED, footnote, read_arrays, read_run, seen_unseen_curve, table
 from files import InputError, differences, read_json, write_atomic
-from runs import BUSY, NOT_COMPARED
+from runs import BUSY
 
 HERE = Path(__file__).resolve().parent
 METHODS = sorted(path.stem for path in (HERE / "methods").glob("*.py"))
