@@ -7,7 +7,6 @@ Every cell of the grid is the plain command of a script (--print-commands shows 
 """
 
 import itertools
-import json
 import os
 import shlex
 import signal
@@ -15,27 +14,24 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Literal
 
 import numpy as np
 import tyro
-from matplotlib.figure import Figure
 from scipy import stats
 from tqdm import tqdm
 
 import data
-from eval import CALIBRATED, NOT_COMPARED, REQUIRED, footnote, read_arrays, read_run, seen_unseen_curve, table
-from files import InputError, differences, read_json, write_atomic
+from eval import CALIBRATED, NOT_COMPARED, footnote, read_run, table
+from files import InputError, differences, read_json
 from runs import BUSY
 
 HERE = Path(__file__).resolve().parent
 METHODS = sorted(path.stem for path in (HERE / "methods").glob("*.py"))
 SEEDS = ("split_seed", "source_seed", "seed")
 SOURCE = "source model"
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")  # Okabe and Ito
 
 
 def seeds(text):
@@ -295,125 +291,22 @@ def report(options):
             note = footnote(run["final"] for runs in methods.values() for run in runs.values())
             print(f"\n**{task}**\n\n{table([rounded(row) for row in rows if row['task'] == task])}{note}")
         if options.figures:
-            draw(task, with_source(methods), options.figures)
+            draw_figures(task, methods, options)
 
 
-def styles_of(methods):
-    """{method: how its lines and markers look}; black for the source model and for oracles."""
-    styles = {method: {"color": "black", "marker": "X", "ls": "-", "label": method} for method in methods}
-    styles[SOURCE]["marker"] = "*"
-    coloured = [method for method in methods if method != SOURCE and not method.endswith("-oracle")]
-    for i, method in enumerate(coloured):
-        styles[method] |= {"color": COLOURS[i % 8], "marker": "osD^v<>Ph"[i % 9], "ls": ("-", "--")[i // 8 % 2]}
-    return styles
+def draw_figures(task, methods, options):
+    """Draw the figures of a task, of the runs with test images of seen and of unseen classes."""
+    from results.figures import draw  # with matplotlib, which a table does without
 
-
-def draw(task, methods, folder):
-    """Draw four figures of a task, as PNG and PDF, of the runs with test images of seen and of unseen classes."""
-    both = {
-        m: {key: run for key, run in runs.items() if run["final"]["ausuc"] is not None} for m, runs in methods.items()
-    }
-    drawn = {method: runs for method, runs in both.items() if runs}
+    drawn = {}
+    for method, runs in methods.items():
+        whole = {key: run for key, run in runs.items() if run["final"]["overall"] is not None}
+        drawn |= {method: whole} if whole else {}
     if not drawn:
         print(f"{task}: no figures, since no run has test images of seen and of unseen classes")
         return
-    drawn = dict(sorted(drawn.items(), key=lambda item: -np.mean(values(item[1], "overall"))))
-    path = Path(folder) / "-".join(task.replace(",", "").split())
-    save(dilemma(drawn), f"{path}-dilemma", f"{task}: mean and 95 % interval over splits")
-    save(curves(drawn), f"{path}-curves", f"{task}: any bias on the unseen logits (filled: none, open: ALG)")
-    save(epochs(drawn), f"{path}-epochs", f"{task}: mean over splits")
-    save(calibration(drawn), f"{path}-calibration", f"{task}: before and after calibration")
-
-
-def save(figure, path, title):
-    """Write a figure as path.png and path.pdf, the same bytes at any time."""
-    figure.suptitle(title, fontsize=10)
-    for ax in figure.axes:
-        ax.grid(color="0.9")
-        ax.set_axisbelow(True)
-    figure.axes[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
-    look = {"dpi": 150, "bbox_inches": "tight"}
-    write_atomic(f"{path}.png", partial(figure.savefig, format="png", **look))
-    write_atomic(f"{path}.pdf", partial(figure.savefig, format="pdf", metadata={"CreationDate": None}, **look))
-
-
-def seen_unseen_axes(methods):
-    """Axes of unseen against seen accuracy that hold the means of all methods."""
-    ax = Figure((5.2, 4.2), layout="constrained").subplots()
-    seen, unseen = ([np.mean(values(runs, group)) for runs in methods.values()] for group in ("seen", "unseen"))
-    ax.set(xlabel="accuracy on seen classes (%)", xlim=(max(0, min(seen) - 8), 101))
-    ax.set(ylabel="accuracy on unseen classes (%)", ylim=(max(0, min(unseen) - 8), 101))
-    return ax
-
-
-def dilemma(methods):
-    """Figure: what each method has on seen and on unseen classes, with intervals."""
-    ax, styles = seen_unseen_axes(methods), styles_of(methods)
-    for method, runs in methods.items():
-        (seen, seen_width), (unseen, unseen_width) = interval(values(runs, "seen")), interval(values(runs, "unseen"))
-        marker = {**styles[method], "ls": "", "ms": 8, "lw": 1, "capsize": 2}
-        ax.errorbar(seen, unseen, yerr=unseen_width, xerr=seen_width, **marker)
-    return ax.figure
-
-
-def mean_curve(runs):
-    """Seen and unseen accuracy in %, each [K], as means over the runs at the same K biases."""
-    files = [Path(run["run"]) / "logits.npz" for run in runs.values()]
-    curves = [seen_unseen_curve(*read_arrays(file, REQUIRED)) for file in files]
-    flips = np.concatenate([gamma for gamma, _, _ in curves])
-    biases = np.unique(np.quantile(flips, np.linspace(0, 1, 400)))
-    seen = np.mean([np.interp(biases, gamma, seen) for gamma, seen, _ in curves], 0)
-    unseen = np.mean([np.interp(biases, gamma, unseen) for gamma, _, unseen in curves], 0)
-    return seen, unseen
-
-
-def curves(methods):
-    """Figure: what any bias on the logits of the unseen classes trades."""
-    ax, styles = seen_unseen_axes(methods), styles_of(methods)
-    for method, runs in methods.items():
-        if method == SOURCE:
-            continue
-        marker = {**styles[method], "ls": "", "ms": 7}
-        ax.plot(*mean_curve(runs), lw=1.2, color=marker["color"], ls=styles[method]["ls"])
-        ax.plot(np.mean(values(runs, "seen")), np.mean(values(runs, "unseen")), **marker)
-        calibrated = [run["alg"] for run in runs.values()]
-        if all(calibrated):
-            seen, unseen = (np.mean([run[group] for run in calibrated]) for group in ("seen", "unseen"))
-            ax.plot(seen, unseen, fillstyle="none", **{**marker, "label": None})
-    return ax.figure
-
-
-def epochs(methods):
-    """Figure: accuracies on seen and on unseen classes after each epoch."""
-    figure = Figure((8, 3.6), layout="constrained")
-    panels, styles = figure.subplots(1, 2, sharey=True), styles_of(methods)
-    panels[0].set_ylabel("accuracy (%)")
-    for method, runs in methods.items():
-        if method == SOURCE:
-            continue
-        texts = [(Path(run["run"]) / "log.jsonl").read_text() for run in runs.values()]
-        logs = [[json.loads(line) for line in text.splitlines()] for text in texts]
-        for ax, group in zip(panels, ("seen", "unseen"), strict=True):
-            mean = np.mean([[line[group] for line in log] for log in logs], 0)
-            ax.plot([line["epoch"] for line in logs[0]], mean, ms=3, lw=1, **styles[method])
-            ax.set(xlabel="epoch", title=f"{group} classes")
-    return figure
-
-
-def calibration(methods):
-    """Figure: overall accuracies before and after each calibration."""
-    ax = Figure((6.4, 0.5 * len(methods) + 1), layout="constrained").subplots()
-    names = ["no calibration", "ALG", "ALG against the source", "PCV", "best bias by test labels (oracle)"]
-    for i, (kind, name) in enumerate(zip(["overall", *CALIBRATED], names, strict=True)):
-        bars = [(row, *interval(values(runs, kind))) for row, runs in enumerate(methods.values())]
-        bars = [(row + 0.17 * (i - 2), mean, width or 0) for row, mean, width in bars if mean is not None]
-        if bars:
-            place, mean, width = zip(*bars, strict=True)
-            ax.barh(place, mean, 0.16, xerr=width, color=COLOURS[i], label=name, error_kw={"lw": 0.8})
-    lowest = min(np.mean(values(runs, "overall")) for runs in methods.values())
-    ax.set(xlabel="overall accuracy (%)", xlim=(max(0, lowest - 15), 100))
-    ax.set(yticks=range(len(methods)), yticklabels=methods, ylim=(len(methods) - 0.4, -0.6))
-    return ax.figure
+    rows = rows_of({task: drawn}, options.reference)
+    draw(task, rows[::-1], {method: list(runs.values()) for method, runs in drawn.items()}, options.figures)
 
 
 if __name__ == "__main__":
