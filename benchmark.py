@@ -169,14 +169,17 @@ def run_grid(grid):
 
 @dataclass
 class Report:
-    """Mean and 95 % interval over runs that differ only in their seeds, and the difference to a reference by pairs."""
+    """Mean and 95 % interval over splits, of runs that differ only in their seeds, and the difference to a reference.
+
+    Runs of one split, with other seeds or source models, are averaged first: only splits are independent.
+    """
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs"),)
     """folders with finished runs somewhere below them"""
     reference: str = "naive_ft"
     """method that the others are compared with, split by split and seed by seed"""
     over_targets: bool = False
-    """one table for all targets of a source, the mean over targets and splits"""
+    """one table for all targets of a source, mean and interval over targets"""
     format: Literal["md", "csv", "json"] = "md"
     """of the table"""
     figures: Path | None = None
@@ -184,8 +187,8 @@ class Report:
 
 
 def interval(values):
-    """Mean and half width of the 95 % t interval of the values but None; of one the width is None, of none both are."""
-    values = np.array([value for value in values if value is not None], np.float64)
+    """Mean and half width of the 95 % t interval of independent values; of one the width is None, of none both are."""
+    values = np.array(values, np.float64)
     if len(values) < 2:
         return (float(values[0]) if len(values) else None), None
     width = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
@@ -193,9 +196,12 @@ def interval(values):
 
 
 def collect(folders, over_targets=False):
-    """{task: {method: {(target, split seed, source seed, seed): run}}} of all finished runs but pseudo splits. A run is
-    what eval.read_run returns. over_targets makes one task of all targets of a source. Raises InputError if runs of one
-    method and task differ in more than seeds, or runs of one task in their classes."""
+    """{task: {method: {(unit, target, split seed, source seed, seed): run}}} of all finished runs but pseudo splits.
+
+    A run is what eval.read_run returns. over_targets makes one task of all targets of a source. Intervals are over
+    units: the targets of such a task, else the split seeds. Raises InputError if runs of one method and task differ in
+    more than seeds, or runs of one task in their classes.
+    """
     tasks, settings, classes = {}, {}, {}
     not_compared = {*NOT_COMPARED, *SEEDS, *(["target"] if over_targets else [])}
     for path in sorted(path for folder in folders for path in folder.rglob("done.json")):
@@ -214,7 +220,8 @@ def collect(folders, over_targets=False):
         if run["classes"] != classes.setdefault(task, run["classes"]):
             raise InputError(f"{path.parent}: over other classes than the other runs of {task}; report them apart")
         runs = tasks.setdefault(task, {}).setdefault(method, {})
-        key = (args["target"], *(args[name] for name in SEEDS))
+        unit = args["target"] if over_targets else args["split_seed"]
+        key = (unit, args["target"], *(args[name] for name in SEEDS))
         if key in runs:
             raise InputError(f"{path.parent}: the same run as {runs[key]['run']}")
         runs[key] = run
@@ -231,32 +238,40 @@ def with_source(methods):
 
 
 def values(runs, name):
-    """An accuracy of every run, or its overall accuracy after a calibration (alg, pcv, ...); None where it has none."""
-    if name not in CALIBRATED:
-        return [run["final"][name] for run in runs.values()]
-    found = [run[name] and run[name]["overall"] for run in runs.values()]
-    return [] if name == "pcv" and None in found else found  # a mean over some of the runs would mislead
+    """{key: accuracy} of the runs that have it; for alg, pcv, ... the overall accuracy after that calibration.
+
+    Of pcv all or none: a mean over some of the runs would mislead.
+    """
+    if name in CALIBRATED:
+        column = {key: run[name] and run[name]["overall"] for key, run in runs.items()}
+    else:
+        column = {key: run["final"][name] for key, run in runs.items()}
+    known = {key: figure for key, figure in column.items() if figure is not None}
+    return {} if name == "pcv" and len(known) < len(runs) else known
 
 
-def known(runs, name):
-    """{key: accuracy} of the runs that have it."""
-    return {key: run["final"][name] for key, run in runs.items() if run["final"][name] is not None}
+def unit_means(column):
+    """The means of a column {key: figure} within its units, first of all: runs of one split are not independent."""
+    units = {}
+    for (unit, *_), figure in column.items():
+        units.setdefault(unit, []).append(figure)
+    return [float(np.mean(figures)) for figures in units.values()]
 
 
 def rows_of(tasks, reference):
     """A row (dict) per task and method, from the worst overall accuracy to the best; last, those that have none."""
     rows = []
     for task, methods in tasks.items():
-        baseline = known(methods.get(reference, {}), "overall")
+        baseline = values(methods.get(reference, {}), "overall")
         for method, runs in with_source(methods).items():
             columns = {name: values(runs, name) for name in ("overall", "seen", "unseen", "harmonic_mean", "ausuc")}
             columns |= {f"{kind}_overall": values(runs, kind) for kind in CALIBRATED}
-            overall = known(runs, "overall")
-            paired = [overall[key] - baseline[key] for key in overall if key in baseline]
-            columns[f"vs_{reference}"] = [] if method == reference else paired
+            overall = columns["overall"] if method != reference else {}
+            paired = {key: overall[key] - baseline[key] for key in overall if key in baseline}
+            columns[f"vs_{reference}"] = paired
             row = {"task": task, "method": method, "runs": len(runs)}
             for name, column in columns.items():
-                row[name], row[f"{name}_pm"] = interval(column)
+                row[name], row[f"{name}_pm"] = interval(unit_means(column))
             rows.append(row)
     return sorted(rows, key=rank)
 
