@@ -32,6 +32,7 @@ HERE = Path(__file__).resolve().parent
 METHODS = sorted(path.stem for path in (HERE / "methods").glob("*.py"))
 SEEDS = ("split_seed", "source_seed", "seed")
 SOURCE = "source model"
+SHOWN = ("overall", "seen", "unseen", "unseen_among_unseen", "harmonic_mean", "ausuc")
 
 
 def seeds(text):
@@ -251,11 +252,37 @@ def values(runs, name):
 
 
 def unit_means(column):
-    """The means of a column {key: figure} within its units, first of all: runs of one split are not independent."""
+    """{unit: mean} of a column {key: figure}: runs of one split are not independent."""
     units = {}
     for (unit, *_), figure in column.items():
         units.setdefault(unit, []).append(figure)
-    return [float(np.mean(figures)) for figures in units.values()]
+    return {unit: float(np.mean(figures)) for unit, figures in units.items()}
+
+
+def gains(runs):
+    """{unit: mean of overall accuracy less the source model's}."""
+    overall = values(runs, "overall")
+    return unit_means({key: overall[key] - runs[key]["source"]["overall"] for key in overall})
+
+
+def closed(runs, oracle):
+    """(Per cent of the gap from the source model to the oracle that adaptation closed, half width of its interval).
+
+    100 * mean(overall - source) / mean(oracle - source), over the splits that have all three; a jackknife over splits
+    gives the interval. None without an oracle, or where it is not above the source model.
+    """
+    gained, gap = gains(runs), gains(oracle)
+    shared = [unit for unit in gained if unit in gap]
+    gained = np.array([gained[unit] for unit in shared])
+    gap = np.array([gap[unit] for unit in shared])
+    rest = gap.sum() - gap  # without one of the splits each
+    if not gap.sum() > 0:
+        return None, None
+    share = 100 * gained.sum() / gap.sum()
+    if len(gap) < 2 or not (rest > 0).all():
+        return float(share), None
+    pseudo_values = len(gap) * share - (len(gap) - 1) * 100 * (gained.sum() - gained) / rest
+    return float(share), interval(pseudo_values)[1]
 
 
 def rows_of(tasks, reference):
@@ -263,15 +290,18 @@ def rows_of(tasks, reference):
     rows = []
     for task, methods in tasks.items():
         baseline = values(methods.get(reference, {}), "overall")
+        oracles = sorted(method for method in methods if method.endswith("-oracle"))
+        oracle = methods[oracles[0]] if oracles else {}
         for method, runs in with_source(methods).items():
-            columns = {name: values(runs, name) for name in ("overall", "seen", "unseen", "harmonic_mean", "ausuc")}
+            columns = {name: values(runs, name) for name in SHOWN}
             columns |= {f"{kind}_overall": values(runs, kind) for kind in CALIBRATED}
             overall = columns["overall"] if method != reference else {}
             paired = {key: overall[key] - baseline[key] for key in overall if key in baseline}
             columns[f"vs_{reference}"] = paired
             row = {"task": task, "method": method, "runs": len(runs)}
             for name, column in columns.items():
-                row[name], row[f"{name}_pm"] = interval(unit_means(column))
+                row[name], row[f"{name}_pm"] = interval([*unit_means(column).values()])
+            row["closed"], row["closed_pm"] = closed(runs, oracle)
             rows.append(row)
     return sorted(rows, key=rank)
 
@@ -291,7 +321,7 @@ def rounded(row):
         cell = "-" if value is None else format(value, sign + digits)
         if width is not None:
             cell += f" ± {width:{digits}}"
-        cells[name.removesuffix("_overall")] = cell
+        cells["U/U" if name == "unseen_among_unseen" else name.removesuffix("_overall")] = cell
     return cells
 
 

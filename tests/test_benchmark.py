@@ -55,6 +55,50 @@ def test_intervals_hold_the_truth_as_often_as_they_say(seed_count):
     assert (coverage > 0.92).all() and (coverage < 0.98).all(), coverage
 
 
+def fake_task(**overall):
+    """{method: runs} of methods with these overall accuracies on splits 0, 1, ...; the source model's are first."""
+    sources = overall.pop("source")
+    methods = {}
+    for method, column in overall.items():
+        pairs = zip(column, sources, strict=False)
+        runs = {(k, "b", k, 0, 0): bare_run(value, source) for k, (value, source) in enumerate(pairs)}
+        methods[method.replace("_oracle", "-oracle")] = runs
+    return methods
+
+
+def test_closed_by_hand():
+    task = fake_task(source=[50, 60, 40], naive_ft=[60, 55, 50], other=[70, 90], naive_ft_oracle=[90, 90, 100])
+    task["z-oracle"] = {key: bare_run(100.0) for key in task["naive_ft"]}  # not the first by name
+    rows = {row["method"]: row for row in benchmark.rows_of({"t": task}, "naive_ft")}
+    assert rows["other"]["closed"] == pytest.approx(100 * (20 + 30) / (40 + 30))
+    assert rows["naive_ft"]["closed"] == pytest.approx(100 * (10 - 5 + 10) / (40 + 30 + 60))
+    # the jackknife: the share without each split, and the t interval from their spread
+    without = np.array([100 * 5 / 90, 100 * 20 / 100, 100 * 5 / 70])
+    error = np.sqrt(2 / 3 * np.sum((without - without.mean()) ** 2))
+    assert rows["naive_ft"]["closed_pm"] == pytest.approx(4.302653 * error, rel=1e-5)
+    assert (rows["source model"]["closed"], rows["naive_ft-oracle"]["closed"]) == (0, pytest.approx(100))
+    shown = benchmark.rounded(rows["naive_ft"])
+    assert shown["closed"].startswith("11.5 ± ") and shown["U/U"] == "-"
+    for nothing in (fake_task(source=[50], naive_ft=[60]), fake_task(source=[50], naive_ft=[60], a_oracle=[50])):
+        assert {row["closed"] for row in benchmark.rows_of({"t": nothing}, "naive_ft")} == {None}
+    seeds = {key: bare_run(overall, 50) for key, overall in {(0, "b", 0, 0, 1): 80, (0, "b", 0, 0, 2): 60}.items()}
+    several = {"naive_ft": seeds, "a-oracle": {(0, "b", 0, 0, 0): bare_run(90, 50)}}  # of an oracle one run is enough
+    assert benchmark.rows_of({"t": several}, "naive_ft")[1]["closed"] == pytest.approx(100 * 20 / 40)
+    single = benchmark.rows_of({"t": fake_task(source=[50], naive_ft=[60], a_oracle=[90])}, "naive_ft")
+    assert [(row["closed"], row["closed_pm"]) for row in single] == [(0, None), (25, None), (100, None)]
+
+
+def test_the_report_has_what_no_bias_can_change(tmp_path, capsys):
+    folders = [fake_run(tmp_path, "naive_ft", k, 40 + 20 * k) for k in (0, 1)]
+    benchmark.report(benchmark.Report((tmp_path,), format="json"))
+    row = json.loads(capsys.readouterr().out)[-1]
+    figures = [read_run(folder)["final"]["unseen_among_unseen"] for folder in folders]
+    assert row["method"] == "naive_ft" and row["unseen_among_unseen"] == pytest.approx(np.mean(figures))
+    benchmark.report(benchmark.Report((tmp_path,)))
+    header = [cell.strip() for cell in capsys.readouterr().out.splitlines()[3].split("|")]
+    assert header[3:8] == ["overall", "seen", "unseen", "U/U", "harmonic mean"] and header[-2] == "closed"
+
+
 def test_runs_of_one_unit_are_averaged_first(tmp_path, capsys):
     for target, split, overall in (("w1", 0, 40), ("w1", 1, 44), ("w2", 0, 60), ("w2", 1, 64), ("w2", 2, 68)):
         fake_run(tmp_path / target, "naive_ft", split, overall, target=target)
