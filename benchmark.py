@@ -7,7 +7,6 @@ Every cell of the grid is the plain command of a script (--print-commands shows 
 """
 
 import itertools
-import json
 import os
 import shlex
 import signal
@@ -15,27 +14,25 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Literal
 
 import numpy as np
 import tyro
-from matplotlib.figure import Figure
 from scipy import stats
 from tqdm import tqdm
 
 import data
-from eval import CALIBRATED, REQUIRED, read_arrays, read_run, seen_unseen_curve, table
-from files import InputError, differences, read_json, write_atomic
-from runs import BUSY, NOT_COMPARED
+from eval import CALIBRATED, NOT_COMPARED, footnote, read_run, table
+from files import InputError, differences, read_json
+from runs import BUSY
 
 HERE = Path(__file__).resolve().parent
 METHODS = sorted(path.stem for path in (HERE / "methods").glob("*.py"))
 SEEDS = ("split_seed", "source_seed", "seed")
 SOURCE = "source model"
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")  # Okabe and Ito
+SHOWN = ("overall", "seen", "unseen", "unseen_among_unseen", "harmonic_mean", "ausuc")
 
 
 def seeds(text):
@@ -173,14 +170,17 @@ def run_grid(grid):
 
 @dataclass
 class Report:
-    """Mean and 95 % interval over runs that differ only in their seeds, and the difference to a reference by pairs."""
+    """Mean and 95 % interval over splits, of runs that differ only in their seeds, and the difference to a reference.
+
+    Runs of one split, with other seeds or source models, are averaged first: only splits are independent.
+    """
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs"),)
     """folders with finished runs somewhere below them"""
     reference: str = "naive_ft"
     """method that the others are compared with, split by split and seed by seed"""
     over_targets: bool = False
-    """one table for all targets of a source, the mean over targets and splits"""
+    """one table for all targets of a source, mean and interval over targets"""
     format: Literal["md", "csv", "json"] = "md"
     """of the table"""
     figures: Path | None = None
@@ -188,8 +188,8 @@ class Report:
 
 
 def interval(values):
-    """Mean and half width of the 95 % t interval of the values but None; of one the width is None, of none both are."""
-    values = np.array([value for value in values if value is not None], np.float64)
+    """Mean and half width of the 95 % t interval of independent values; of one the width is None, of none both are."""
+    values = np.array(values, np.float64)
     if len(values) < 2:
         return (float(values[0]) if len(values) else None), None
     width = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
@@ -197,9 +197,12 @@ def interval(values):
 
 
 def collect(folders, over_targets=False):
-    """{task: {method: {(target, split seed, source seed, seed): run}}} of all finished runs but pseudo splits. A run is
-    what eval.read_run returns. over_targets makes one task of all targets of a source. Raises InputError if runs of one
-    method and task differ in more than seeds, or runs of one task in their classes."""
+    """{task: {method: {(unit, target, split seed, source seed, seed): run}}} of all finished runs but pseudo splits.
+
+    A run is what eval.read_run returns. over_targets makes one task of all targets of a source. Intervals are over
+    units: the targets of such a task, else the split seeds. Raises InputError if runs of one method and task differ in
+    more than seeds, or runs of one task in their classes.
+    """
     tasks, settings, classes = {}, {}, {}
     not_compared = {*NOT_COMPARED, *SEEDS, *(["target"] if over_targets else [])}
     for path in sorted(path for folder in folders for path in folder.rglob("done.json")):
@@ -218,7 +221,8 @@ def collect(folders, over_targets=False):
         if run["classes"] != classes.setdefault(task, run["classes"]):
             raise InputError(f"{path.parent}: over other classes than the other runs of {task}; report them apart")
         runs = tasks.setdefault(task, {}).setdefault(method, {})
-        key = (args["target"], *(args[name] for name in SEEDS))
+        unit = args["target"] if over_targets else args["split_seed"]
+        key = (unit, args["target"], *(args[name] for name in SEEDS))
         if key in runs:
             raise InputError(f"{path.parent}: the same run as {runs[key]['run']}")
         runs[key] = run
@@ -235,28 +239,77 @@ def with_source(methods):
 
 
 def values(runs, name):
-    """An accuracy of every run, or its overall accuracy after a calibration (alg, pcv, ...); None where it has none."""
-    if name not in CALIBRATED:
-        return [run["final"][name] for run in runs.values()]
-    found = [run[name] and run[name]["overall"] for run in runs.values()]
-    return [] if name == "pcv" and None in found else found  # a mean over some of the runs would mislead
+    """{key: accuracy} of the runs that have it; for alg, pcv, ... the overall accuracy after that calibration.
+
+    Of pcv all or none: a mean over some of the runs would mislead.
+    """
+    if name in CALIBRATED:
+        column = {key: run[name] and run[name]["overall"] for key, run in runs.items()}
+    else:
+        column = {key: run["final"][name] for key, run in runs.items()}
+    known = {key: figure for key, figure in column.items() if figure is not None}
+    return {} if name == "pcv" and len(known) < len(runs) else known
+
+
+def unit_means(column):
+    """{unit: mean} of a column {key: figure}: runs of one split are not independent."""
+    units = {}
+    for (unit, *_), figure in column.items():
+        units.setdefault(unit, []).append(figure)
+    return {unit: float(np.mean(figures)) for unit, figures in units.items()}
+
+
+def gains(runs):
+    """{unit: mean of overall accuracy less the source model's}."""
+    overall = values(runs, "overall")
+    return unit_means({key: overall[key] - runs[key]["source"]["overall"] for key in overall})
+
+
+def closed(runs, oracle):
+    """(Per cent of the gap from the source model to the oracle that adaptation closed, half width of its interval).
+
+    100 * mean(overall - source) / mean(oracle - source), over the splits that have all three; a jackknife over splits
+    gives the interval. None without an oracle, or where it is not above the source model.
+    """
+    gained, gap = gains(runs), gains(oracle)
+    shared = [unit for unit in gained if unit in gap]
+    gained = np.array([gained[unit] for unit in shared])
+    gap = np.array([gap[unit] for unit in shared])
+    rest = gap.sum() - gap  # without one of the splits each
+    if not gap.sum() > 0:
+        return None, None
+    share = 100 * gained.sum() / gap.sum()
+    if len(gap) < 2 or not (rest > 0).all():
+        return float(share), None
+    pseudo_values = len(gap) * share - (len(gap) - 1) * 100 * (gained.sum() - gained) / rest
+    return float(share), interval(pseudo_values)[1]
 
 
 def rows_of(tasks, reference):
-    """A row (dict) per task and method, from the worst overall accuracy to the best."""
+    """A row (dict) per task and method, from the worst overall accuracy to the best; last, those that have none."""
     rows = []
     for task, methods in tasks.items():
-        baseline = {key: run["final"]["overall"] for key, run in methods.get(reference, {}).items()}
+        baseline = values(methods.get(reference, {}), "overall")
+        oracles = sorted(method for method in methods if method.endswith("-oracle"))
+        oracle = methods[oracles[0]] if oracles else {}
         for method, runs in with_source(methods).items():
-            columns = {name: values(runs, name) for name in ("overall", "seen", "unseen", "harmonic_mean", "ausuc")}
+            columns = {name: values(runs, name) for name in SHOWN}
             columns |= {f"{kind}_overall": values(runs, kind) for kind in CALIBRATED}
-            paired = [run["final"]["overall"] - baseline[key] for key, run in runs.items() if key in baseline]
-            columns[f"vs_{reference}"] = [] if method == reference else paired
+            overall = columns["overall"] if method != reference else {}
+            paired = {key: overall[key] - baseline[key] for key in overall if key in baseline}
+            columns[f"vs_{reference}"] = paired
             row = {"task": task, "method": method, "runs": len(runs)}
             for name, column in columns.items():
-                row[name], row[f"{name}_pm"] = interval(column)
+                row[name], row[f"{name}_pm"] = interval([*unit_means(column).values()])
+            row["closed"], row["closed_pm"] = closed(runs, oracle)
             rows.append(row)
-    return sorted(rows, key=lambda row: (row["task"], row["overall"]))
+    return sorted(rows, key=rank)
+
+
+def rank(row):
+    """Sorts rows by task and overall accuracy; the rows without it come last, by name."""
+    unknown = row["overall"] is None
+    return row["task"], unknown, row["method"] if unknown else row["overall"]
 
 
 def rounded(row):
@@ -268,7 +321,7 @@ def rounded(row):
         cell = "-" if value is None else format(value, sign + digits)
         if width is not None:
             cell += f" ± {width:{digits}}"
-        cells[name.removesuffix("_overall")] = cell
+        cells["U/U" if name == "unseen_among_unseen" else name.removesuffix("_overall")] = cell
     return cells
 
 
@@ -280,127 +333,25 @@ def report(options):
         print(table(rows, options.format))
     for task, methods in tasks.items():
         if options.format == "md":
-            print(f"\n**{task}**\n\n{table([rounded(row) for row in rows if row['task'] == task])}")
+            note = footnote(run["final"] for runs in methods.values() for run in runs.values())
+            print(f"\n**{task}**\n\n{table([rounded(row) for row in rows if row['task'] == task])}{note}")
         if options.figures:
-            draw(task, with_source(methods), options.figures)
+            draw_figures(task, methods, options)
 
 
-def styles_of(methods):
-    """{method: how its lines and markers look}; black for the source model and for oracles."""
-    styles = {method: {"color": "black", "marker": "X", "ls": "-", "label": method} for method in methods}
-    styles[SOURCE]["marker"] = "*"
-    coloured = [method for method in methods if method != SOURCE and not method.endswith("-oracle")]
-    for i, method in enumerate(coloured):
-        styles[method] |= {"color": COLOURS[i % 8], "marker": "osD^v<>Ph"[i % 9], "ls": ("-", "--")[i // 8 % 2]}
-    return styles
+def draw_figures(task, methods, options):
+    """Draw the figures of a task, of the runs with test images of seen and of unseen classes."""
+    from results.figures import draw  # with matplotlib, which a table does without
 
-
-def draw(task, methods, folder):
-    """Draw four figures of a task, as PNG and PDF, of the runs with test images of seen and of unseen classes."""
-    both = {
-        m: {key: run for key, run in runs.items() if run["final"]["ausuc"] is not None} for m, runs in methods.items()
-    }
-    drawn = {method: runs for method, runs in both.items() if runs}
+    drawn = {}
+    for method, runs in methods.items():
+        whole = {key: run for key, run in runs.items() if run["final"]["overall"] is not None}
+        drawn |= {method: whole} if whole else {}
     if not drawn:
         print(f"{task}: no figures, since no run has test images of seen and of unseen classes")
         return
-    drawn = dict(sorted(drawn.items(), key=lambda item: -np.mean(values(item[1], "overall"))))
-    path = Path(folder) / "-".join(task.replace(",", "").split())
-    save(dilemma(drawn), f"{path}-dilemma", f"{task}: mean and 95 % interval over splits")
-    save(curves(drawn), f"{path}-curves", f"{task}: any bias on the unseen logits (filled: none, open: ALG)")
-    save(epochs(drawn), f"{path}-epochs", f"{task}: mean over splits")
-    save(calibration(drawn), f"{path}-calibration", f"{task}: before and after calibration")
-
-
-def save(figure, path, title):
-    """Write a figure as path.png and path.pdf, the same bytes at any time."""
-    figure.suptitle(title, fontsize=10)
-    for ax in figure.axes:
-        ax.grid(color="0.9")
-        ax.set_axisbelow(True)
-    figure.axes[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
-    look = {"dpi": 150, "bbox_inches": "tight"}
-    write_atomic(f"{path}.png", partial(figure.savefig, format="png", **look))
-    write_atomic(f"{path}.pdf", partial(figure.savefig, format="pdf", metadata={"CreationDate": None}, **look))
-
-
-def seen_unseen_axes(methods):
-    """Axes of unseen against seen accuracy that hold the means of all methods."""
-    ax = Figure((5.2, 4.2), layout="constrained").subplots()
-    seen, unseen = ([np.mean(values(runs, group)) for runs in methods.values()] for group in ("seen", "unseen"))
-    ax.set(xlabel="accuracy on seen classes (%)", xlim=(max(0, min(seen) - 8), 101))
-    ax.set(ylabel="accuracy on unseen classes (%)", ylim=(max(0, min(unseen) - 8), 101))
-    return ax
-
-
-def dilemma(methods):
-    """Figure: what each method has on seen and on unseen classes, with intervals."""
-    ax, styles = seen_unseen_axes(methods), styles_of(methods)
-    for method, runs in methods.items():
-        (seen, seen_width), (unseen, unseen_width) = interval(values(runs, "seen")), interval(values(runs, "unseen"))
-        marker = {**styles[method], "ls": "", "ms": 8, "lw": 1, "capsize": 2}
-        ax.errorbar(seen, unseen, yerr=unseen_width, xerr=seen_width, **marker)
-    return ax.figure
-
-
-def mean_curve(runs):
-    """Seen and unseen accuracy in %, each [K], as means over the runs at the same K biases."""
-    files = [Path(run["run"]) / "logits.npz" for run in runs.values()]
-    curves = [seen_unseen_curve(*read_arrays(file, REQUIRED)) for file in files]
-    flips = np.concatenate([gamma for gamma, _, _ in curves])
-    biases = np.unique(np.quantile(flips, np.linspace(0, 1, 400)))
-    seen = np.mean([np.interp(biases, gamma, seen) for gamma, seen, _ in curves], 0)
-    unseen = np.mean([np.interp(biases, gamma, unseen) for gamma, _, unseen in curves], 0)
-    return seen, unseen
-
-
-def curves(methods):
-    """Figure: what any bias on the logits of the unseen classes trades."""
-    ax, styles = seen_unseen_axes(methods), styles_of(methods)
-    for method, runs in methods.items():
-        if method == SOURCE:
-            continue
-        marker = {**styles[method], "ls": "", "ms": 7}
-        ax.plot(*mean_curve(runs), lw=1.2, color=marker["color"], ls=styles[method]["ls"])
-        ax.plot(np.mean(values(runs, "seen")), np.mean(values(runs, "unseen")), **marker)
-        calibrated = [run["alg"] for run in runs.values()]
-        if all(calibrated):
-            seen, unseen = (np.mean([run[group] for run in calibrated]) for group in ("seen", "unseen"))
-            ax.plot(seen, unseen, fillstyle="none", **{**marker, "label": None})
-    return ax.figure
-
-
-def epochs(methods):
-    """Figure: accuracies on seen and on unseen classes after each epoch."""
-    figure = Figure((8, 3.6), layout="constrained")
-    panels, styles = figure.subplots(1, 2, sharey=True), styles_of(methods)
-    panels[0].set_ylabel("accuracy (%)")
-    for method, runs in methods.items():
-        if method == SOURCE:
-            continue
-        texts = [(Path(run["run"]) / "log.jsonl").read_text() for run in runs.values()]
-        logs = [[json.loads(line) for line in text.splitlines()] for text in texts]
-        for ax, group in zip(panels, ("seen", "unseen"), strict=True):
-            mean = np.mean([[line[group] for line in log] for log in logs], 0)
-            ax.plot([line["epoch"] for line in logs[0]], mean, ms=3, lw=1, **styles[method])
-            ax.set(xlabel="epoch", title=f"{group} classes")
-    return figure
-
-
-def calibration(methods):
-    """Figure: overall accuracies before and after each calibration."""
-    ax = Figure((6.4, 0.5 * len(methods) + 1), layout="constrained").subplots()
-    names = ["no calibration", "ALG", "ALG against the source", "PCV", "best bias by test labels (oracle)"]
-    for i, (kind, name) in enumerate(zip(["overall", *CALIBRATED], names, strict=True)):
-        bars = [(row, *interval(values(runs, kind))) for row, runs in enumerate(methods.values())]
-        bars = [(row + 0.17 * (i - 2), mean, width or 0) for row, mean, width in bars if mean is not None]
-        if bars:
-            place, mean, width = zip(*bars, strict=True)
-            ax.barh(place, mean, 0.16, xerr=width, color=COLOURS[i], label=name, error_kw={"lw": 0.8})
-    lowest = min(np.mean(values(runs, "overall")) for runs in methods.values())
-    ax.set(xlabel="overall accuracy (%)", xlim=(max(0, lowest - 15), 100))
-    ax.set(yticks=range(len(methods)), yticklabels=methods, ylim=(len(methods) - 0.4, -0.6))
-    return ax.figure
+    rows = rows_of({task: drawn}, options.reference)
+    draw(task, rows[::-1], {method: list(runs.values()) for method, runs in drawn.items()}, options.figures)
 
 
 if __name__ == "__main__":

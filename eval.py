@@ -3,7 +3,7 @@
     python eval.py RUN... --format md        # every figure anew, from the runs' logits.npz
 
 Functions on arrays (numpy's, or tensors), which need numpy alone and raise ValueError. Accuracies are top-1 in % over
-all C candidate classes. What has no image to average over is None (null, -), never nan.
+all C candidate classes. What is not known is None (null, -), never nan.
 """
 
 import csv
@@ -30,14 +30,12 @@ def to_numpy(x):
 
 def check(logits, labels, seen):
     """logits float [N, C], labels int64 [N] and seen bool [C] as numpy arrays; seen may be given as 0 and 1.
-
-    Raises ValueError on shapes that do not fit, a label outside 0..C-1, or a mask without seen or unseen classes.
-    """
+    Raises ValueError on shapes that do not fit, a label outside 0..C-1, or a mask without seen or unseen classes."""
     logits, labels, seen = to_numpy(logits), to_numpy(labels), to_numpy(seen)
     if seen.dtype.kind in "iu" and np.isin(seen, (0, 1)).all():
         seen = seen.astype(bool)
+    got = f"{logits.shape}, {labels.shape}, {seen.dtype} {seen.shape}"
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or seen.shape != logits.shape[1:] or seen.dtype != bool:
-        got = f"{logits.shape}, {labels.shape}, {seen.dtype} {seen.shape}"
         raise ValueError(f"want logits [N, C], labels [N], seen bool [C]; got {got}")
     logits = logits.astype(np.promote_types(logits.dtype, np.float32), copy=False)
     if labels.dtype.kind not in "iu" or (len(labels) and not 0 <= labels.min() <= labels.max() < len(seen)):
@@ -47,26 +45,17 @@ def check(logits, labels, seen):
     return logits, labels.astype(np.int64), seen
 
 
-def check_finite(logits, first_row=0):
+def check_finite(logits):
     """Raises ValueError, naming the row, on a value of logits [N, C] that is not finite."""
-    if not np.isfinite(logits).all():
-        row = first_row + int((~np.isfinite(logits).all(1)).argmax())
-        raise ValueError(f"row {row} has nan or inf")
+    bad = ~np.isfinite(logits).all(1)
+    if bad.any():
+        raise ValueError(f"row {bad.argmax()} has nan or inf")
 
 
-def best_by_group(logits, seen):
-    """(class of the highest logit among the seen classes, the same among the unseen), each int64 [N].
-
-    logits [N, C], seen bool [C]. Of equal logits the lower index counts. Raises ValueError as check_finite does.
-    """
-    groups = np.flatnonzero(seen), np.flatnonzero(~seen)
-    best, row = ([], []), 0
-    for part in np.array_split(logits, len(logits) // 256 + 1):  # what fits a processor's cache is many times as fast
-        check_finite(part, row)
-        row += len(part)
-        for found, classes in zip(best, groups, strict=True):
-            found.append(classes[np.take(part, classes, 1).argmax(1)])
-    return np.concatenate(best[0]), np.concatenate(best[1])
+def best_in(classes, logits):
+    """The class, int64 [N], of the highest logit among these classes; of equal ones the lower index counts."""
+    parts = np.array_split(logits, len(logits) // 256 + 1)  # what fits a processor's cache is many times as fast
+    return np.concatenate([classes[np.take(part, classes, 1).argmax(1)] for part in parts])
 
 
 def mean_percent(right):
@@ -80,37 +69,41 @@ def accuracies(logits, labels, seen, gamma=0.0):
     overall, seen, unseen: images of all / seen / unseen classes, over all C candidates (a tie goes to the lower index).
     seen_among_seen, unseen_among_unseen: the same images, with the candidates of their own group only.
     harmonic_mean: of seen and unseen. class_mean: mean accuracy over the classes that have images.
-    ausuc: see ausuc, from 0 to 1. Raises ValueError as check does.
+    ausuc: area under the seen-unseen curve (Chao et al. 2016, arXiv 1605.04253), from 0 to 1; no bias can change it.
+    Without images of either group, overall, harmonic_mean, class_mean and ausuc are not known: None.
+    Raises ValueError as check does.
     """
     logits, labels, seen = check(logits, labels, seen)
-    is_seen = seen[labels]
-    seen_class, unseen_class = best_by_group(logits, seen)
+    flips, is_seen, right = flip_points(logits, labels, seen)
+    both = is_seen.any() and not is_seen.all()
     correct = (logits + gamma * ~seen if gamma else logits).argmax(1) == labels
-    result = {
-        "overall": mean_percent(correct),
-        "seen": mean_percent(correct[is_seen]),
-        "unseen": mean_percent(correct[~is_seen]),
-        "seen_among_seen": mean_percent((seen_class == labels)[is_seen]),
-        "unseen_among_unseen": mean_percent((unseen_class == labels)[~is_seen]),
-    }
-    a, b = result["seen"], result["unseen"]
-    result["harmonic_mean"] = None if a is None or b is None else 2 * a * b / max(a + b, 1e-9)
     images = np.bincount(labels, minlength=len(seen))
     share = np.bincount(labels[correct], minlength=len(seen)) / images.clip(1)
-    result["class_mean"] = mean_percent(share[images > 0])
-    result["ausuc"] = ausuc(logits, labels, seen)
-    return result
+    a, b = mean_percent(correct[is_seen]), mean_percent(correct[~is_seen])
+    if both:
+        _, kept, found = curve(flips, is_seen, right)
+        area = float(-np.trapezoid(found, kept))  # exact: between its points the curve is straight
+    return {
+        "overall": mean_percent(correct) if both else None,
+        "seen": a,
+        "unseen": b,
+        "seen_among_seen": mean_percent(right[is_seen]),
+        "unseen_among_unseen": mean_percent(right[~is_seen]),
+        "harmonic_mean": 2 * a * b / max(a + b, 1e-9) if both else None,
+        "class_mean": mean_percent(share[images > 0]) if both else None,
+        "ausuc": area / 1e4 if both else None,
+    }
 
 
 def flip_points(logits, labels, seen):
     """(bias, is_seen, right) of every image, each [N].
 
     bias: the gamma above which the image is taken for an unseen class. is_seen: whether its class is seen.
-    right: whether it is classified correctly where it is taken for a class of its own group.
-    """
+    right: whether it is classified correctly where it is taken for a class of its own group."""
     logits, labels, seen = check(logits, labels, seen)
+    check_finite(logits)
     is_seen = seen[labels]
-    seen_class, unseen_class = best_by_group(logits, seen)
+    seen_class, unseen_class = (best_in(np.flatnonzero(group), logits) for group in (seen, ~seen))
     right = np.where(is_seen, seen_class, unseen_class) == labels
     image = np.arange(len(logits))
     return logits[image, seen_class].astype(np.float64) - logits[image, unseen_class], is_seen, right
@@ -136,21 +129,9 @@ def seen_unseen_curve(logits, labels, seen):
     """What a bias gamma on the unseen classes' logits trades: (gamma, seen accuracy, unseen accuracy), each [K + 1].
 
     The K values at which a prediction flips from a seen to an unseen class are found by sorting, O(N C + N log N).
-    There is one point between each two of them and one beyond either end; equal flips are one step. gamma is 0 for the
-    point that 0 belongs to (for none where 0 is itself a flip), else the middle of its range. Accuracies are in %, over
-    all C candidates. Raises ValueError as check does, and where seen or unseen classes have no image.
-    """
+    There is one point between each two of them and one beyond either end. gamma is the middle of its range, or 0 where
+    0 lies inside. Accuracies are in %, over all C candidates. Raises ValueError as check does, or for lack of one."""
     return curve(*flip_points(logits, labels, seen))
-
-
-def ausuc(logits, labels, seen):
-    """Area under the seen-unseen curve (Chao et al. 2016, arXiv 1605.04253), from 0 to 1, by the trapezoid rule, which
-    is exact here: what no bias can change. None where seen or unseen classes have no image."""
-    is_seen = to_numpy(seen).astype(bool)[to_numpy(labels)]
-    if is_seen.all() or not is_seen.any():
-        return None
-    _, seen_accuracy, unseen_accuracy = seen_unseen_curve(logits, labels, seen)
-    return float(-np.trapezoid(unseen_accuracy, seen_accuracy)) / 1e4
 
 
 # ------------------------------------------------------------------------------------------ calibration
@@ -159,14 +140,12 @@ def ausuc(logits, labels, seen):
 def logit_gap(logits, labels, seen, of_group):
     """Mean over images of the gap between the logits of the seen classes, but the image's own, and of the unseen.
 
-    of_group: np.mean or np.max, of a group's logits. None without images, or with a single seen class, which leaves
-    nothing to compare. Raises ValueError as check does, and on a label of an unseen class.
-    """
+    of_group: np.mean or np.max, of a group's logits. None without images, or with a single seen class.
+    Raises ValueError as check does, and on a label of an unseen class."""
     logits, labels, seen = check(logits, labels, seen)
     check_finite(logits)
     if not seen[labels].all():
-        row = int((~seen[labels]).argmax())
-        raise ValueError(f"row {row} is of an unseen class; ALG takes seen ones only")
+        raise ValueError(f"row {int((~seen[labels]).argmax())} is of an unseen class; ALG takes seen ones only")
     if not len(labels) or seen.sum() < 2:
         return None
     logits = logits.astype(np.float64)
@@ -175,19 +154,16 @@ def logit_gap(logits, labels, seen, of_group):
 
 
 def alg_gamma(train_logits, train_labels, seen):
-    """ALG, average logit gap (arXiv 2409.16223): the bias that closes the gap of the mean logits.
-
-    On target TRAINING images (the published code takes the images that it scores). None and errors as in logit_gap.
-    """
+    """ALG, average logit gap (arXiv 2409.16223): the bias that closes the gap of the mean logits of target TRAINING
+    images (the published code takes the images that it scores). None and errors as in logit_gap."""
     return logit_gap(train_logits, train_labels, seen, np.mean)
 
 
 def alg_source_gamma(train_logits, source_logits, train_labels, seen):
     """ALG against the source model, ours: the bias that brings the gap back to the source model's.
 
-    source_logits [N, C] are the source model's for the same target training images. The gap is between the highest
-    logits, as it is these that a prediction compares. The source model knew no difference between seen and unseen
-    classes, so its own gap is no bias: it says which classes look alike. None and errors as in logit_gap.
+    source_logits [N, C]: the source model's for the same images. The gap is between the highest logits, which a
+    prediction compares. The source model's own is no bias: it says which classes look alike. None, errors: logit_gap.
     """
     if np.shape(train_logits) != np.shape(source_logits):
         raise ValueError(f"train_logits: {np.shape(train_logits)}, and the source model's {np.shape(source_logits)}")
@@ -212,10 +188,8 @@ def best_gamma(logits, labels, seen):
 def pcv_gamma(splits):
     """PCV, pseudo cross-validation (arXiv 2409.16223): (gamma, its spread).
 
-    splits: (logits, labels, seen) of the held-out training images of several runs, in each of which other seen classes
-    play the unseen. gamma is the best for the images of all splits together; the spread is from the least to the
-    largest of the splits' own. One gamma for all, instead of the mean of their own, is ours: few images make one.
-    """
+    splits: (logits, labels, seen) of the held-out training images of runs in which other seen classes play the unseen.
+    gamma is the best for all images together; the spread is that of the splits' own. The paper takes their mean."""
     points = [named(f"pseudo split {i}", flip_points, *split) for i, split in enumerate(splits)]
     own = [best_bias(*point) for point in points]
     flips, is_seen, right = (np.concatenate(arrays) for arrays in zip(*points, strict=True))
@@ -226,7 +200,10 @@ def pcv_gamma(splits):
 
 REQUIRED = ("test_logits", "test_labels", "seen")
 OPTIONAL = ("source_test_logits", "train_logits", "train_labels", "source_train_logits", "classes")
+NOT_COMPARED = ("device", "resident", "overwrite", "save_model", "checkpoint_every")  # flags that change no figure
+NOT_COMPARED += ("runs_dir", "data_root", "download")
 CALIBRATED = ("alg", "alg_source", "pcv", "oracle_gamma")  # biases on the unseen classes' logits
+UNKNOWN = "Without test images of both seen and unseen classes, overall is not known (-) and a row is not ranked."
 SHOWN = ("run", "source_overall", "overall", "seen", "unseen", "unseen_among_unseen", "ausuc", "alg_overall")
 
 
@@ -248,19 +225,36 @@ def read_arrays(path, names, optional=()):
         raise ValueError(f"{path}: not the complete logits.npz of a run ({type(error).__name__}: {error})") from error
 
 
+def compared(flags):
+    """The part of a run's flags that determines its figures. Of the data set folder, the path is part of the data."""
+    kept = ("data_root",) if flags.get("dataset") == "folder" else ()
+    return {name: value for name, value in flags.items() if name in kept or name not in NOT_COMPARED}
+
+
+def read_flags(folder):
+    """The flags in a run's args.json that determine its figures; {} without the file."""
+    path = folder / "args.json"
+    return compared(named(path, json.loads, path.read_bytes())) if path.exists() else {}
+
+
 def pseudo_splits(folder):
     """For pcv_gamma: every finished pseudo split of the run in `folder`, made by the run's own command and
-    --pseudo-split k. No image of a truly unseen class has a part in it."""
-    finished = sorted(folder.parent.glob(f"{folder.name}-pseudo*/done.json"))
-    return [read_arrays(path.with_name("logits.npz"), REQUIRED) for path in finished]
+    --pseudo-split k. No image of a truly unseen class has a part in it. Raises ValueError if other flags made it."""
+    splits, flags = [], read_flags(folder)
+    for path in sorted(folder.parent.glob(f"{folder.name}-pseudo*/done.json")):
+        own = read_flags(path.parent)
+        both = own.keys() & flags.keys() - {"pseudo_split"}
+        if other := [f"{name} {own[name]} (there {flags[name]})" for name in sorted(both) if own[name] != flags[name]]:
+            raise ValueError(f"{path.parent}: other {', '.join(other)} than {folder}; run it again with --overwrite")
+        splits.append(read_arrays(path.with_name("logits.npz"), REQUIRED))
+    return splits
 
 
 def read_run(path):
     """{"run", "classes", "source", "final", *CALIBRATED} of a run's folder, or of an npz file with REQUIRED in it.
 
     source and final are accuracies. Each of CALIBRATED is the accuracies with the bias of that name, and "gamma"; pcv
-    also has "gamma_spread". What cannot be computed is None. Raises ValueError, naming the file and the array.
-    """
+    also has "gamma_spread". What cannot be computed is None. Raises ValueError, naming the file and the array."""
     path = Path(path) / "logits.npz" if Path(path).is_dir() else Path(path)
     logits, labels, seen, source, *train, classes = read_arrays(path, REQUIRED, OPTIONAL)
     run = {"run": str(path.parent if path.name == "logits.npz" else path)}
@@ -321,6 +315,11 @@ def table(rows, style="md"):
     return "\n".join(f"| {' | '.join(row)} |" for row in padded)
 
 
+def footnote(figures):
+    """UNKNOWN, for under a table, if one of these accuracies lacks the overall one; else nothing."""
+    return f"\n\n{UNKNOWN}" if any(own["overall"] is None for own in figures) else ""
+
+
 def main(runs: tuple[Path, ...], /, format: Literal["md", "csv", "json"] = "md", all: bool = False):
     """Print a table with a row for every run, recomputed from its logits.npz.
 
@@ -341,7 +340,8 @@ def main(runs: tuple[Path, ...], /, format: Literal["md", "csv", "json"] = "md",
     rows = results if format == "json" else [row_of(result) for result in results]
     if format == "md" and not all:
         rows = [{name: row[name] for name in SHOWN} for row in rows]
-    print(table(rows, format))
+    note = footnote(result["final"] for result in results) if format == "md" else ""
+    print(table(rows, format) + note)
 
 
 if __name__ == "__main__":

@@ -30,22 +30,11 @@ from tyro.conf import FlagCreatePairsOff
 
 import data
 import files
-from eval import accuracies, mean_percent, number, read_run, table
+from eval import accuracies, compared, footnote, mean_percent, number, read_run, table
 from files import InputError
 from models import predict
 
 BUSY = 3  # exit code of a run whose folder another process has
-# flags that change no figure
-NOT_COMPARED = (
-    "device",
-    "overwrite",
-    "runs_dir",
-    "data_root",
-    "download",
-    "resident",
-    "save_model",
-    "checkpoint_every",
-)
 PROGRESS = ("lines", "steps", "images", "values", "origin", "source")  # of a Run, in its checkpoint
 HEADER = "epoch     loss    seen  unseen overall  images/s  seconds"
 
@@ -91,12 +80,6 @@ LIMITS |= dict.fromkeys(("lr", "backbone_lr", "source_lr", "source_backbone_lr",
 LIMITS |= {"checkpoint_every": (0, data.MOST), "clip_grad": (data.LEAST, math.inf)}
 
 
-def compared(record):
-    """The part of a run's flags that determines its figures. Of the data set folder, the path is part of the data."""
-    kept = ("data_root",) if record.get("dataset") == "folder" else ()
-    return {name: value for name, value in record.items() if name in kept or name not in NOT_COMPARED}
-
-
 def fingerprint(model, task):
     """A digest of the weights and of the target's labels and seen classes, for what args.json names by a path only."""
     digest = hashlib.sha256()
@@ -114,7 +97,8 @@ def agree(old, new):
 
 
 def result_table(done):
-    return table([{"model": name, **done[key]} for name, key in (("source (epoch 0)", "source"), ("result", "final"))])
+    rows = [{"model": "source (epoch 0)", **done["source"]}, {"model": "result", **done["final"]}]
+    return table(rows) + footnote(rows)
 
 
 def versions(device, model):
@@ -180,7 +164,9 @@ class Run:
         self.folder = Path(args.runs_dir) / where
         self.record = {"method": self.method, **dataclasses.asdict(args)}
         if os.path.isfile(args.seen_classes):
-            self.record["seen_classes"] = ",".join(np.array(task.classes)[task.seen.numpy()])
+            text = Path(args.seen_classes).read_text(errors="replace")
+            listed = {line.strip() for line in text.splitlines()}
+            self.record["seen_classes"] = ",".join(name for name in task.classes if name in listed)
         self.show_if_finished()
         self.lock = files.take_lock(self.folder / ".lock", owned="*")
         if self.lock is None:

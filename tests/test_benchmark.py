@@ -12,7 +12,7 @@ from conftest import ROOT
 from tqdm import tqdm
 
 import benchmark
-from eval import read_run
+from eval import UNKNOWN, read_run
 from files import InputError, take_lock
 
 
@@ -20,7 +20,98 @@ def test_interval_against_the_textbook():
     # mean 5, s = 2, n = 4: t(0.975, 3) = 3.182446, half width 3.182446 * 2 / 2
     values = 5 + 2 * np.array([-1, 1, -1, 1]) * np.sqrt(3) / 2
     assert benchmark.interval(values) == (pytest.approx(5), pytest.approx(3.182446, abs=1e-5))
-    assert benchmark.interval([7.0]) == (7.0, None)
+    assert benchmark.interval([7.0]) == (7.0, None) and benchmark.interval([]) == (None, None)
+
+
+def bare_run(overall, source=50.0):
+    """What eval.read_run returns of a run, as far as a report reads it."""
+    names = ("seen", "unseen", "unseen_among_unseen", "harmonic_mean", "ausuc")
+    final = {**dict.fromkeys(names), "overall": overall}
+    return {"final": final, "source": {**final, "overall": source}, **dict.fromkeys(benchmark.CALIBRATED)}
+
+
+@pytest.mark.parametrize("seed_count", [1, 3])
+def test_intervals_hold_the_truth_as_often_as_they_say(seed_count):
+    """Splits differ by 3 points and seeds by 1: of intervals over 10 splits 95 % hold the means that made the runs."""
+    rng, held = np.random.default_rng(0), []
+    for _ in range(500):
+        methods = {"naive_ft": {}, "other": {}}
+        for split in range(10):
+            naive, gain = 70 + rng.normal(0, 3), 2 + rng.normal(0, 3)
+            for seed in range(seed_count):
+                noise = rng.normal(0, 1, 2)
+                key = (split, "b", split, 0, seed)
+                methods["naive_ft"][key] = bare_run(naive + noise[0])
+                methods["other"][key] = bare_run(naive + gain + noise[1])
+        row = {row["method"]: row for row in benchmark.rows_of({"t": methods}, "naive_ft")}
+        overall, difference = row["naive_ft"], row["other"]
+        held.append(
+            [
+                abs(overall["overall"] - 70) < overall["overall_pm"],
+                abs(difference["vs_naive_ft"] - 2) < difference["vs_naive_ft_pm"],
+            ]
+        )
+    coverage = np.mean(held, 0)
+    assert (coverage > 0.92).all() and (coverage < 0.98).all(), coverage
+
+
+def fake_task(**overall):
+    """{method: runs} of methods with these overall accuracies on splits 0, 1, ...; the source model's are first."""
+    sources = overall.pop("source")
+    methods = {}
+    for method, column in overall.items():
+        pairs = zip(column, sources, strict=False)
+        runs = {(k, "b", k, 0, 0): bare_run(value, source) for k, (value, source) in enumerate(pairs)}
+        methods[method.replace("_oracle", "-oracle")] = runs
+    return methods
+
+
+def test_closed_by_hand():
+    task = fake_task(source=[50, 60, 40], naive_ft=[60, 55, 50], other=[70, 90], naive_ft_oracle=[90, 90, 100])
+    task["z-oracle"] = {key: bare_run(100.0) for key in task["naive_ft"]}  # not the first by name
+    rows = {row["method"]: row for row in benchmark.rows_of({"t": task}, "naive_ft")}
+    assert rows["other"]["closed"] == pytest.approx(100 * (20 + 30) / (40 + 30))
+    assert rows["naive_ft"]["closed"] == pytest.approx(100 * (10 - 5 + 10) / (40 + 30 + 60))
+    # the jackknife: the share without each split, and the t interval from their spread
+    without = np.array([100 * 5 / 90, 100 * 20 / 100, 100 * 5 / 70])
+    error = np.sqrt(2 / 3 * np.sum((without - without.mean()) ** 2))
+    assert rows["naive_ft"]["closed_pm"] == pytest.approx(4.302653 * error, rel=1e-5)
+    assert (rows["source model"]["closed"], rows["naive_ft-oracle"]["closed"]) == (0, pytest.approx(100))
+    shown = benchmark.rounded(rows["naive_ft"])
+    assert shown["closed"].startswith("11.5 ± ") and shown["U/U"] == "-"
+    for nothing in (fake_task(source=[50], naive_ft=[60]), fake_task(source=[50], naive_ft=[60], a_oracle=[50])):
+        assert {row["closed"] for row in benchmark.rows_of({"t": nothing}, "naive_ft")} == {None}
+    seeds = {key: bare_run(overall, 50) for key, overall in {(0, "b", 0, 0, 1): 80, (0, "b", 0, 0, 2): 60}.items()}
+    several = {"naive_ft": seeds, "a-oracle": {(0, "b", 0, 0, 0): bare_run(90, 50)}}  # of an oracle one run is enough
+    assert benchmark.rows_of({"t": several}, "naive_ft")[1]["closed"] == pytest.approx(100 * 20 / 40)
+    single = benchmark.rows_of({"t": fake_task(source=[50], naive_ft=[60], a_oracle=[90])}, "naive_ft")
+    assert [(row["closed"], row["closed_pm"]) for row in single] == [(0, None), (25, None), (100, None)]
+
+
+def test_the_report_has_what_no_bias_can_change(tmp_path, capsys):
+    folders = [fake_run(tmp_path, "naive_ft", k, 40 + 20 * k) for k in (0, 1)]
+    benchmark.report(benchmark.Report((tmp_path,), format="json"))
+    row = json.loads(capsys.readouterr().out)[-1]
+    figures = [read_run(folder)["final"]["unseen_among_unseen"] for folder in folders]
+    assert row["method"] == "naive_ft" and row["unseen_among_unseen"] == pytest.approx(np.mean(figures))
+    benchmark.report(benchmark.Report((tmp_path,)))
+    header = [cell.strip() for cell in capsys.readouterr().out.splitlines()[3].split("|")]
+    assert header[3:8] == ["overall", "seen", "unseen", "U/U", "harmonic mean"] and header[-2] == "closed"
+
+
+def test_runs_of_one_unit_are_averaged_first(tmp_path, capsys):
+    for target, split, overall in (("w1", 0, 40), ("w1", 1, 44), ("w2", 0, 60), ("w2", 1, 64), ("w2", 2, 68)):
+        fake_run(tmp_path / target, "naive_ft", split, overall, target=target)
+    tasks = benchmark.collect([tmp_path], over_targets=True)
+    row = benchmark.rows_of(tasks, "naive_ft")[-1]
+    assert row["method"] == "naive_ft" and row["runs"] == 5
+    assert row["overall"] == pytest.approx(53)  # of 42 and 64
+    assert row["overall_pm"] == pytest.approx(12.7062 * 11, rel=1e-4)  # t(0.975, 1) * 22 / sqrt(2) / sqrt(2)
+    for seed, overall in enumerate((10, 20, 60)):
+        fake_run(tmp_path / "seeds", "naive_ft", 0, overall, seed=seed)
+    fake_run(tmp_path / "seeds", "naive_ft", 1, 50, seed=0)
+    row = benchmark.rows_of(benchmark.collect([tmp_path / "seeds"]), "naive_ft")[0]
+    assert (row["method"], row["runs"], row["overall"]) == ("naive_ft", 4, pytest.approx(40))
 
 
 def test_seeds():
@@ -119,6 +210,22 @@ def test_four_figures_of_any_subset(tmp_path, capsys):
             assert content.startswith(b"%PDF" if name.endswith("pdf") else b"\x89PNG") and len(content) > 5000
 
 
+def test_what_is_not_known_is_not_ranked(tmp_path, capsys):
+    fake_run(tmp_path, "naive_ft", 0, 100, kinds=2)
+    fake_run(tmp_path, "b", 0, 90, kinds=2)
+    fake_run(tmp_path, "a", 0, 95, kinds=2)
+    fake_run(tmp_path, "other", 1, 30)
+    benchmark.report(benchmark.Report((tmp_path,)))
+    shown = capsys.readouterr().out
+    cells = [[cell.strip() for cell in line.split("|")[1:4]] for line in shown.splitlines()[5:-2]]
+    assert cells == [["other", "1", "30.0"], ["a", "1", "-"], ["b", "1", "-"], ["naive_ft", "1", "-"],
+                     ["source model", "1", "-"]]  # fmt: skip
+    assert shown.endswith(f"\n\n{UNKNOWN}\n")
+    fake_run(tmp_path / "whole", "naive_ft", 0, 100)
+    benchmark.report(benchmark.Report((tmp_path / "whole",)))
+    assert UNKNOWN not in capsys.readouterr().out
+
+
 def test_report_over_targets(tmp_path, capsys):
     for target, value in (("w1", 40), ("w2", 60), ("w3", 80)):  # w1 has no unseen class in its test part
         fake_run(tmp_path / target, "naive_ft", 0, value, kinds=2 if target == "w1" else 4, target=target)
@@ -126,12 +233,12 @@ def test_report_over_targets(tmp_path, capsys):
     benchmark.report(options)
     rows = {row["method"]: row for row in json.loads(capsys.readouterr().out)}
     assert rows["naive_ft"]["task"] == "d a to all, 2 seen" and rows["naive_ft"]["runs"] == 3
-    assert rows["naive_ft"]["overall"] == pytest.approx(60) and rows["naive_ft"]["unseen"] == pytest.approx(70)
+    assert rows["naive_ft"]["overall"] == pytest.approx(70) and rows["naive_ft"]["unseen"] == pytest.approx(70)
+    assert rows["naive_ft"]["seen"] == pytest.approx(60)  # which is known of w1 too
     assert len(list((tmp_path / "figures").iterdir())) == 8
     benchmark.report(benchmark.Report((tmp_path / "w1",), figures=tmp_path / "none"))
     shown = capsys.readouterr().out  # - for what there is not
     assert "d a to w1, 2 seen: no figures, since no run has" in shown and "|      - |" in shown
-    assert benchmark.interval([None]) == (None, None)
 
 
 def test_report_does_not_mix_runs(tmp_path):

@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 
 import eval as evaluation
+import runs
 
 
 def loop_accuracies(logits, labels, seen):
@@ -37,6 +38,9 @@ def loop_accuracies(logits, labels, seen):
     )
     means = [math.fsum(v) / len(v) for v in per_class.values()]
     result["class_mean"] = 100 * math.fsum(means) / len(means) if means else None
+    groups = {bool(seen[label]) for label in per_class}
+    if groups != {True, False}:  # how good the model is over all classes is not known
+        result |= dict.fromkeys(("overall", "harmonic_mean", "class_mean", "ausuc"))
     points = loop_curve(logits, labels, seen)
     area = [(a0 - a1) * (b0 + b1) / 2 for (_, a0, b0), (_, a1, b1) in itertools.pairwise(points)]
     result["ausuc"] = math.fsum(area) / 1e4 if points else None
@@ -97,7 +101,7 @@ def test_curve_and_best_gamma_against_a_loop(case):
     if not want:
         with pytest.raises(ValueError, match="there is no curve"):
             evaluation.seen_unseen_curve(logits, labels, seen)
-        assert evaluation.ausuc(logits, labels, seen) is None
+        assert evaluation.accuracies(logits, labels, seen)["ausuc"] is None
         return
     gamma, seen_accuracy, unseen_accuracy = evaluation.seen_unseen_curve(logits, labels, seen)
     np.testing.assert_allclose(np.stack([seen_accuracy, unseen_accuracy], 1), [p[1:] for p in want], atol=1e-9)
@@ -128,7 +132,9 @@ def test_the_curve_by_hand():
     assert gamma.tolist() == [0, 1.5, 2.5, 4, 10]
     np.testing.assert_allclose(a, [200 / 3, 100 / 3, 100 / 3, 0, 0])
     np.testing.assert_allclose(b, [0, 0, 50, 100, 100])
-    assert evaluation.ausuc(logits, labels, seen) == pytest.approx((1 / 3) * (0.5 + 1) / 2)  # a tie is a straight line
+    assert evaluation.accuracies(logits, labels, seen)["ausuc"] == pytest.approx(
+        (1 / 3) * (0.5 + 1) / 2
+    )  # a tie is a straight line
     assert evaluation.best_gamma(logits, labels, seen) == 0  # of three equally good ones the nearest to 0
 
 
@@ -152,13 +158,17 @@ def test_what_a_bias_cannot_change():
         shift = evaluation.alg_gamma(logits[seen[labels]] + gamma * ~seen, train, seen)
         assert shift == pytest.approx(evaluation.alg_gamma(logits[seen[labels]], train, seen) - gamma)
     order = rng.permutation(300)
-    assert evaluation.ausuc(logits[order], labels[order], seen) == pytest.approx(figures["ausuc"], abs=1e-12)
+    assert evaluation.accuracies(logits[order], labels[order], seen)["ausuc"] == pytest.approx(
+        figures["ausuc"], abs=1e-12
+    )
     logits, classes = rng.normal(size=(300, 12)), rng.permutation(12)
     figures = evaluation.accuracies(logits, labels, seen)
     renamed = np.argsort(classes)[labels]
-    assert evaluation.ausuc(logits[:, classes], renamed, seen[classes]) == pytest.approx(figures["ausuc"], abs=1e-12)
+    assert evaluation.accuracies(logits[:, classes], renamed, seen[classes])["ausuc"] == pytest.approx(
+        figures["ausuc"], abs=1e-12
+    )
     perfect = np.where(seen == seen[labels][:, None], 0.0, -5.0) + np.eye(12)[labels]
-    assert evaluation.ausuc(perfect, labels, seen) == 1
+    assert evaluation.accuracies(perfect, labels, seen)["ausuc"] == 1
 
 
 def test_alg_against_a_loop():
@@ -207,6 +217,30 @@ def test_alg_against_the_source_by_a_loop():
         evaluation.alg_source_gamma(logits, source, labels, seen)
 
 
+@pytest.mark.parametrize("group", ["seen", "unseen"])
+def test_over_all_classes_nothing_is_known_from_one_group(group, npz, tmp_path):
+    arrays = dict(npz[1])
+    own = arrays["seen"][arrays["test_labels"]] == (group == "seen")
+    for name in ("test_logits", "source_test_logits", "test_labels"):
+        arrays[name] = arrays[name][own]
+    np.savez(tmp_path / "logits.npz", **arrays)
+    run = evaluation.read_run(tmp_path)
+    assert {run[part]["overall"] for part in ("source", "final", "alg", "alg_source")} == {None}
+    assert run["final"][group] is not None and run["oracle_gamma"] is None
+    command = [sys.executable, str(ROOT / "eval.py"), str(tmp_path), "--format"]
+    shown = {}
+    for style in ("md", "csv", "json"):
+        shown[style] = subprocess.run([*command, style], check=True, capture_output=True, text=True).stdout
+    lines = shown["md"].splitlines()
+    cells = [cell.strip() for cell in lines[2].split("|")[2:4]]
+    assert cells == ["-", "-"] and lines[3:] == ["", evaluation.UNKNOWN]
+    assert json.loads(shown["json"])[0]["final"]["overall"] is None
+    assert evaluation.UNKNOWN not in shown["csv"] + shown["json"]
+    assert runs.result_table(run).endswith(f"\n\n{evaluation.UNKNOWN}")
+    whole = evaluation.read_run(npz[0])
+    assert evaluation.UNKNOWN not in runs.result_table(whole)
+
+
 def test_half_precision_tensors():
     logits = torch.randn(20, 4, requires_grad=True)
     labels, seen = torch.arange(20) % 4, torch.tensor([True, False, True, False])
@@ -226,7 +260,7 @@ def test_a_large_curve_is_quick_and_small():
         "    cases.append((z, y, np.arange(c) % 2 == 0, []))\n"
         "for _ in range(6):\n"  # in turns: a machine that is slow for a moment is so for all three
         "    for z, y, seen, times in cases:\n"
-        "        start = time.process_time(); e.ausuc(z, y, seen); e.seen_unseen_curve(z, y, seen)\n"
+        "        start = time.process_time(); e.accuracies(z, y, seen); e.seen_unseen_curve(z, y, seen)\n"
         "        times.append(time.process_time() - start)\n"
         "seconds = [min(times) for *_, times in cases]\n"
         # not getrusage: its peak is at least that of the process which started this one
@@ -335,6 +369,43 @@ def test_pcv_takes_one_bias_for_all_pseudo_splits(npz, tmp_path):
     assert reached == max(right) > min(right)
     own = [evaluation.best_gamma(*split) for split in splits]
     assert run["pcv"]["gamma_spread"] == max(own) - min(own) > 0
+
+
+def test_pcv_refuses_pseudo_splits_of_other_flags(npz, tmp_path):
+    flags = {"lr": 0.1, "dataset": "d", "data_root": "here", "device": "cpu", "pseudo_split": None}
+    folders = [tmp_path / name for name in ("split0-seed0", "split0-seed0-pseudo0")]
+
+    def write(folder, **changed):
+        folder.mkdir(exist_ok=True)
+        np.savez(folder / "logits.npz", **npz[1])
+        (folder / "args.json").write_text(json.dumps({**flags, **changed}))
+        (folder / "done.json").write_text("{}")
+
+    write(folders[0])
+    write(folders[1], pseudo_split=0, data_root="elsewhere", device="cuda", new=1)  # change no figure
+    assert evaluation.read_run(folders[0])["pcv"] is not None
+    write(folders[1], pseudo_split=0, lr=0.2)
+    with pytest.raises(ValueError, match=r"pseudo0: other lr 0.2 \(there 0.1\) than .*split0-seed0;"):
+        evaluation.read_run(folders[0])
+    command = [sys.executable, str(ROOT / "eval.py"), str(folders[0])]
+    shown = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert shown.returncode == 2 and "other lr 0.2" in shown.stderr and shown.stderr.count("\n") == 1
+    write(folders[0], dataset="folder")
+    write(folders[1], dataset="folder", pseudo_split=0, data_root="elsewhere")  # these are other images
+    with pytest.raises(ValueError, match=r"other data_root elsewhere \(there here\) than"):
+        evaluation.read_run(folders[0])
+    (folders[1] / "args.json").write_text("{")
+    with pytest.raises(ValueError, match=r"pseudo0.args.json: "):
+        evaluation.read_run(folders[0])
+
+
+def test_a_list_of_seen_classes_is_the_same_flag_for_a_pseudo_split(run_method, tmp_path):
+    (tmp_path / "seen.txt").write_text("0\n7\n3\n4\n")
+    flags = ("--seen-classes", str(tmp_path / "seen.txt"))
+    folder = run_method("naive_ft", *flags, runs=tmp_path)[1]
+    run_method("naive_ft", *flags, "--pseudo-split", "0", runs=tmp_path)
+    assert json.loads((folder / "args.json").read_text())["seen_classes"] == "0,3,4,7"
+    assert evaluation.read_run(folder)["pcv"] is not None
 
 
 def test_logits_made_elsewhere_are_enough(npz, tmp_path):
