@@ -205,7 +205,8 @@ def make_split(domain, index, augmentation):
     """The Split of the images `index` of a Domain."""
     images = domain.images
     images = images.subset(index) if isinstance(images, Images) else torch.from_numpy(images[index])
-    return Split(images, torch.from_numpy(domain.labels[index]), augmentation)
+    group = None if domain.group is None else domain.group[index]
+    return Split(images, torch.from_numpy(domain.labels[index]), augmentation, group)
 
 
 def load_task(args):

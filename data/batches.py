@@ -3,6 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from files import InputError
@@ -109,12 +110,20 @@ class Batches:
 
 @dataclass
 class Split:
-    """images uint8 [N, c, H, W] (a tensor, or Images in a cache file), labels int64 [N], and the arguments of
-    `random_affine`, or of `random_photo` where "crop" is one, for training on them."""
+    """images: uint8 [N, c, H, W], a tensor, or Images in a cache file. labels: int64 [N]. augmentation: the arguments
+    of `random_affine`, or of `random_photo` where "crop" is one, for training on them. group: int [N], equal for images
+    that must stay on one side of a split, or None."""
 
     images: torch.Tensor | Images
     labels: torch.Tensor
     augmentation: dict
+    group: np.ndarray | None = None
+
+    def take(self, index):
+        """The Split of the images `index`, int64 [n], a numpy array."""
+        images = self.images.subset(index) if isinstance(self.images, Images) else self.images[index]
+        group = None if self.group is None else self.group[index]
+        return Split(images, self.labels[index], self.augmentation, group)
 
     def batches(self, batch_size, device, seed, augment=True, resident="auto"):
         """See Batches."""

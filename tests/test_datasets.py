@@ -157,6 +157,25 @@ def test_iwildcam_keeps_sequences_together(load, root):
         assert torch.equal(colours(task.target_test), task.target_test.labels)
 
 
+def test_iwildcam_keeps_sequences_together_in_pseudo_splits(load):
+    for target in ("7", "9"):
+        for number in range(5):
+            whole, pseudo = (load("iwildcam", target=target, pseudo_split=k) for k in (None, number))
+            sides = (pseudo.target_train, pseudo.target_test, whole.target_test)
+            train, test, held_out = (set((split.images.index // 3).tolist()) for split in sides)
+            assert len(test) == 3 and not train & test and not (train | test) & held_out  # 3 of 8 sequences
+            shown = set(torch.nonzero(pseudo.seen).flatten().tolist())
+            assert set(pseudo.target_train.labels.tolist()) == shown < set(torch.nonzero(whole.seen).flatten().tolist())
+
+
+def test_a_pseudo_split_of_one_sequence_is_an_error():
+    images, labels = torch.zeros(6, 3, 8, 8, dtype=torch.uint8), torch.arange(6) % 3
+    split = data.Split(images, labels, {}, group=np.zeros(6, int))
+    task = data.Task("x", "a", "b", list("abc"), torch.ones(3, dtype=torch.bool), None, None, split, split, {}, {}, "2")
+    with pytest.raises(InputError, match=r"--pseudo-split 0: no image is left to train on"):
+        data.pseudo_task(task, 0, 0)
+
+
 def test_inat_takes_only_fungi(load):
     task = load("inat_fungi", seen_classes="2")
     assert task.classes == [f"Fungi_Ascomycota_C_O_F_Genus_s{i}" for i in range(4)]
