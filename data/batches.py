@@ -27,8 +27,8 @@ def upload(images, device):
 
 
 class Batches:
-    """Endless shuffled and augmented batches. `batches(step)` depends on (seed, step) alone, so a run that
-    died goes on at any step, and two methods with one seed train on the same images in the same order.
+    """Endless shuffled and augmented batches. `batches(step)` depends on (seed, step) alone, whatever the device, so a
+    run that died goes on at any step, and two methods with one seed train on the same images in the same order.
 
     `len(batches)` is the number of steps in one pass over the images; the rest that fills no batch is left
     out of this pass, another rest of the next. Raises InputError if there are fewer images than one batch.
@@ -104,7 +104,7 @@ class Batches:
         images = images.float() / 255
         if self.augment and self.split.augmentation:
             change = random_photo if "crop" in self.split.augmentation else random_affine
-            images = change(images, generator(self.device, self.seed, 1, step), **self.split.augmentation)
+            images = change(images, generator("cpu", self.seed, 1, step), **self.split.augmentation)
         return images.contiguous(memory_format=torch.channels_last), labels
 
 
