@@ -184,7 +184,7 @@ def test_inat_takes_only_fungi(load):
 
 VTAB = {  # target: classes, of them the first, images in the training and the test part
     "cifar100": (4, "apple", 40, 20),
-    "caltech101": (3, "Faces_easy", 21, 9),
+    "caltech101": (4, "BACKGROUND_Google", 28, 12),  # as published, with the background
     "dtd": (3, "banded", 18, 9),
     "eurosat": (3, "AnnualCrop", 21, 9),
     "flowers102": (102, "pink primrose", 204, 204),
@@ -202,11 +202,23 @@ def test_vtab_layouts(target, load):
     assert "{}" in task.source_recipe["prompt"]
     if target == "sun397":
         assert task.classes[1] == "apartment_building/outdoor"
-    if target not in ("cifar100", "caltech101", "flowers102", "sun397"):  # in caltech101 a class before is left out
+    if target not in ("cifar100", "flowers102", "sun397"):
         assert torch.equal(colours(task.target_test), task.target_test.labels)
     if target == "flowers102":
         rows = task.target_test.images.index
         assert ((rows + 1) % 102 == task.target_test.labels.numpy()).all()
+
+
+def test_clip_sees_the_middle_of_its_images_and_others_all(load):
+    """Task and cache by --arch: CLIP's preprocessing crops, that of all others squashes."""
+    squash, crop, other = (
+        load("vtab", "clip", "pets", seen_classes="2", arch=arch, image_size=16)
+        for arch in ("resnet50", "clip:tiny", None)
+    )
+    kinds = [task.target_test.images.key for task in (squash, crop, other)]
+    assert kinds[0] != kinds[1] == kinds[2], "the recipe's own architecture is a CLIP"
+    own = load("folder", arch="clip:tiny").target_test.images
+    assert not torch.equal(own[:], load("folder").target_test.images[:])
 
 
 def test_cifar100_runs_no_code(tmp_path):
