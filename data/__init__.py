@@ -194,7 +194,8 @@ def load_domain(domain, args):
     if isinstance(found.images, list):
         size = args.image_size or entry["recipe"]["image_size"]
         name, cache = f"{args.dataset}-{domain}", cache_folder(args.dataset, root)
-        images, good = open_images(name, root, found.images, size, cache, args.skip_bad_images)
+        fit = "crop" if (args.arch or entry["recipe"]["arch"]).startswith("clip:") else "squash"
+        images, good = open_images(name, root, found.images, size, cache, args.skip_bad_images, fit)
         return found.take(images, good)
     if args.image_size is not None:
         raise InputError(f"--image-size {args.image_size}: the images of {domain} have one size; leave the flag out")
@@ -205,7 +206,8 @@ def make_split(domain, index, augmentation):
     """The Split of the images `index` of a Domain."""
     images = domain.images
     images = images.subset(index) if isinstance(images, Images) else torch.from_numpy(images[index])
-    return Split(images, torch.from_numpy(domain.labels[index]), augmentation)
+    group = None if domain.group is None else domain.group[index]
+    return Split(images, torch.from_numpy(domain.labels[index]), augmentation, group)
 
 
 def load_task(args):

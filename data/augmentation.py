@@ -1,4 +1,7 @@
-"""Random changes of training images, for a whole batch on its device, with parameters of each image's own."""
+"""Random changes of training images, for a whole batch on its device, with parameters of each image's own.
+
+The parameters are drawn and computed on the CPU, then copied in one piece: every kind of device sees the same crops.
+"""
 
 import numpy as np
 import torch
@@ -15,13 +18,14 @@ def random_affine(images, rng, degrees=0.0, scale=0.0, shift=0.0, shear=0.0):
     """Every image gets its own random rotation, scale, shear and shift (torchvision gives a batch one and the same).
 
     images [N, c, H, W] float; rotation in +-degrees; scale in 1 +- scale; shear in +-shear (a slope); shift in
-    +-shift of the image's side. What comes in from outside the image is 0. All drawn from `rng`, on its device.
+    +-shift of the image's side. What comes in from outside the image is 0. All drawn from `rng`, which is on the CPU.
     """
-    u = torch.rand(6, len(images), generator=rng, device=images.device) * 2 - 1
+    u = torch.rand(6, len(images), generator=rng) * 2 - 1
     angle = u[0] * (degrees * torch.pi / 180)
     cos, sin, slope = angle.cos() / (1 + scale * u[1]), angle.sin() / (1 + scale * u[2]), shear * u[3]
     theta = torch.stack([cos, slope * cos - sin, 2 * shift * u[4], sin, slope * sin + cos, 2 * shift * u[5]], 1)
-    grid = F.affine_grid(theta.view(-1, 2, 3), images.shape, align_corners=False)
+    theta = theta.to(images.device, non_blocking=True).view(-1, 2, 3)
+    grid = F.affine_grid(theta, images.shape, align_corners=False)
     return F.grid_sample(images, grid.to(images.dtype), align_corners=False)
 
 
@@ -94,13 +98,13 @@ def change_colours(images, brightness, contrast, saturation, hue, gray, order=(0
 
 def random_photo(images, rng, crop=0.7, jitter=0.3, gray=0.1):
     """The published recipe for photographs: RandomResizedCrop of scale crop..1 and ratio 3/4..4/3, a flip of half of
-    them, ColorJitter of strength jitter four times, no colour with probability gray. All drawn from `rng`.
+    them, ColorJitter of strength jitter four times, no colour with probability gray. All drawn from `rng`, on the CPU.
 
     images [N, 3, H, W] float in [0, 1]. Two things differ from torchvision: the crop is of the image that was already
     resized to the square, and the four colour changes come in one random order for the whole batch.
     """
     n, (height, width) = len(images), images.shape[2:]
-    u = torch.rand(28, n, generator=rng, device=images.device)
+    u = torch.rand(28, n, generator=rng)
     # ten tries of a box, the first that fits; else the whole image
     area, ratio = height * width * (crop + (1 - crop) * u[:10]), torch.exp((2 * u[10:20] - 1) * np.log(4 / 3))
     w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
@@ -109,7 +113,10 @@ def random_photo(images, rng, crop=0.7, jitter=0.3, gray=0.1):
     w = torch.where(any_fits, w.gather(0, first)[0], width)
     h = torch.where(any_fits, h.gather(0, first)[0], height)
     top, left = (u[20] * (height - h + 1)).floor(), (u[21] * (width - w + 1)).floor()
-    images = crop_resize(images, top, left, h, w, u[22] < 0.5)
-    factors = 1 + jitter * (2 * u[23:26] - 1)
-    order = np.random.default_rng(rng.initial_seed()).permutation(4)  # without waiting for the device
-    return change_colours(images, *factors, jitter * (2 * u[26] - 1), u[27] < gray, order)
+    factors, hue = 1 + jitter * (2 * u[23:26] - 1), jitter * (2 * u[26] - 1)
+    flip, no_colour = u[22] < 0.5, u[27] < gray
+    parameters = torch.stack([top, left, h, w, flip, *factors, hue, no_colour]).to(images.device, non_blocking=True)
+    top, left, h, w, flip, *factors, hue, no_colour = parameters
+    images = crop_resize(images, top, left, h, w, flip.bool())
+    order = np.random.default_rng(rng.initial_seed()).permutation(4)
+    return change_colours(images, *factors, hue, no_colour.bool(), order)

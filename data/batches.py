@@ -3,6 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from files import InputError
@@ -26,8 +27,8 @@ def upload(images, device):
 
 
 class Batches:
-    """Endless shuffled and augmented batches. `batches(step)` depends on (seed, step) alone, so a run that
-    died goes on at any step, and two methods with one seed train on the same images in the same order.
+    """Endless shuffled and augmented batches. `batches(step)` depends on (seed, step) alone, whatever the device, so a
+    run that died goes on at any step, and two methods with one seed train on the same images in the same order.
 
     `len(batches)` is the number of steps in one pass over the images; the rest that fills no batch is left
     out of this pass, another rest of the next. Raises InputError if there are fewer images than one batch.
@@ -103,18 +104,26 @@ class Batches:
         images = images.float() / 255
         if self.augment and self.split.augmentation:
             change = random_photo if "crop" in self.split.augmentation else random_affine
-            images = change(images, generator(self.device, self.seed, 1, step), **self.split.augmentation)
+            images = change(images, generator("cpu", self.seed, 1, step), **self.split.augmentation)
         return images.contiguous(memory_format=torch.channels_last), labels
 
 
 @dataclass
 class Split:
-    """images uint8 [N, c, H, W] (a tensor, or Images in a cache file), labels int64 [N], and the arguments of
-    `random_affine`, or of `random_photo` where "crop" is one, for training on them."""
+    """images: uint8 [N, c, H, W], a tensor, or Images in a cache file. labels: int64 [N]. augmentation: the arguments
+    of `random_affine`, or of `random_photo` where "crop" is one, for training on them. group: int [N], equal for images
+    that must stay on one side of a split, or None."""
 
     images: torch.Tensor | Images
     labels: torch.Tensor
     augmentation: dict
+    group: np.ndarray | None = None
+
+    def take(self, index):
+        """The Split of the images `index`, int64 [n], a numpy array."""
+        images = self.images.subset(index) if isinstance(self.images, Images) else self.images[index]
+        group = None if self.group is None else self.group[index]
+        return Split(images, self.labels[index], self.augmentation, group)
 
     def batches(self, batch_size, device, seed, augment=True, resident="auto"):
         """See Batches."""

@@ -6,11 +6,13 @@ import numpy as np
 from PIL import Image, ImageOps
 
 
-def read_image(path, size):
-    """The image as uint8 [size, size, 3], resized straight to the square (bilinear with antialiasing), as the published
-    recipe resizes test images. EXIF rotation is applied, transparency is laid on white, 16 bits become 8.
+def read_image(path, size, fit="squash"):
+    """The image as uint8 [size, size, 3], resized by bicubic interpolation with antialiasing, from all of its pixels.
 
-    Raises ValueError with the reason if the file is not one whole image.
+    fit: "squash" resizes both sides to the square, as the published recipe resizes test images; "crop" resizes the
+    short side and keeps the middle of the long one, as CLIP's preprocessing does. EXIF rotation is applied,
+    transparency is laid on white, 16 bits become 8. Raises ValueError with the reason if the file is not one whole
+    image.
     """
     try:
         if not os.path.isfile(path):
@@ -18,8 +20,7 @@ def read_image(path, size):
         if os.path.getsize(path) == 0:
             raise ValueError("empty file")
         with Image.open(path) as image:
-            image.draft("RGB", (2 * size, 2 * size))  # JPEG: decode at 1/2, 1/4 ... while twice the size is left
-            return square(image, size)
+            return np.asarray(resize(to_rgb(image), size, fit))
     except ValueError:
         raise
     except Image.UnidentifiedImageError:
@@ -28,7 +29,7 @@ def read_image(path, size):
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
-def square(image, size):
+def to_rgb(image):
     image.load()
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):
@@ -39,6 +40,16 @@ def square(image, size):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range")
-    if image.mode != "RGB":
-        image = image.convert("RGB")
-    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
+    return image.convert("RGB")
+
+
+def resize(image, size, fit):
+    if fit == "squash":
+        return image.resize((size, size), Image.Resampling.BICUBIC)
+    short = min(image.size)
+    if max(image.size) > 100 * short:
+        raise ValueError(f"{image.width}x{image.height} pixels: too thin to take a square of it")
+    width, height = (int(size * side / short) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = round((width - size) / 2), round((height - size) / 2)  # to even, as torchvision does
+    return image.crop((left, top, left + size, top + size))

@@ -3,11 +3,9 @@
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from files import InputError
-
-from .batches import Split
-from .images import Images
 
 
 def split_by_class(labels, share, rng):
@@ -47,23 +45,27 @@ def pseudo_task(task, split_seed, number, left_out=0.4):
     unseen ones, the test images are 30 % of the target's training images, and truly unseen classes have no image.
 
     Runs 0, 1, 2 ... leave out one class after the other in an order drawn by split_seed, so each gets its turn.
-    Raises InputError for a negative number, and where fewer than two classes have images.
+    Images of one group stay together: 30 % of the groups are for testing, and a class that only they show plays an
+    unseen one too. Raises InputError for a negative number, and where no two classes, or no two groups, are left.
     """
-    classes = np.unique(task.target_train.labels)
+    split = task.target_train
+    labels = split.labels.numpy()
+    classes = np.unique(labels)
     if number < 0 or not task.seen.numpy()[classes].all() or len(classes) < 2:
         raise InputError(
             f"--pseudo-split {number}: must be 0 or more, without --oracle, and with two seen classes at least"
         )
     count = min(max(1, round(left_out * len(classes))), len(classes) - 1)
     order = np.random.default_rng((split_seed, 2)).permutation(classes)
-    seen = task.seen.clone()
+    seen = task.seen.numpy().copy()
     seen[np.take(order, np.arange(number * count, (number + 1) * count), mode="wrap")] = False
-    images, labels = task.target_train.images, task.target_train.labels
-    train, test = split_by_class(labels.numpy(), 0.7, np.random.default_rng((split_seed, 3, number)))
-    train = train[seen[labels[train]].numpy()]
-    parts = [images.subset(index) if isinstance(images, Images) else images[index] for index in (train, test)]
-    splits = [
-        Split(part, labels[index], task.target_train.augmentation)
-        for part, index in zip(parts, (train, test), strict=True)
-    ]
-    return replace(task, seen=seen, target_train=splits[0], target_test=splits[1])
+    rng = np.random.default_rng((split_seed, 3, number))
+    if split.group is None:
+        train, test = split_by_class(labels, 0.7, rng)
+    else:
+        train, test = split_by_group(split.group, 0.7, rng)
+        seen &= np.isin(np.arange(len(seen)), labels[train])
+    train = train[seen[labels[train]]]
+    if not len(train):
+        raise InputError(f"--pseudo-split {number}: no image is left to train on; take another --split-seed")
+    return replace(task, seen=torch.from_numpy(seen), target_train=split.take(train), target_test=split.take(test))

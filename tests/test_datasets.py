@@ -157,6 +157,25 @@ def test_iwildcam_keeps_sequences_together(load, root):
         assert torch.equal(colours(task.target_test), task.target_test.labels)
 
 
+def test_iwildcam_keeps_sequences_together_in_pseudo_splits(load):
+    for target in ("7", "9"):
+        for number in range(5):
+            whole, pseudo = (load("iwildcam", target=target, pseudo_split=k) for k in (None, number))
+            sides = (pseudo.target_train, pseudo.target_test, whole.target_test)
+            train, test, held_out = (set((split.images.index // 3).tolist()) for split in sides)
+            assert len(test) == 3 and not train & test and not (train | test) & held_out  # 3 of 8 sequences
+            shown = set(torch.nonzero(pseudo.seen).flatten().tolist())
+            assert set(pseudo.target_train.labels.tolist()) == shown < set(torch.nonzero(whole.seen).flatten().tolist())
+
+
+def test_a_pseudo_split_of_one_sequence_is_an_error():
+    images, labels = torch.zeros(6, 3, 8, 8, dtype=torch.uint8), torch.arange(6) % 3
+    split = data.Split(images, labels, {}, group=np.zeros(6, int))
+    task = data.Task("x", "a", "b", list("abc"), torch.ones(3, dtype=torch.bool), None, None, split, split, {}, {}, "2")
+    with pytest.raises(InputError, match=r"--pseudo-split 0: no image is left to train on"):
+        data.pseudo_task(task, 0, 0)
+
+
 def test_inat_takes_only_fungi(load):
     task = load("inat_fungi", seen_classes="2")
     assert task.classes == [f"Fungi_Ascomycota_C_O_F_Genus_s{i}" for i in range(4)]
@@ -165,7 +184,7 @@ def test_inat_takes_only_fungi(load):
 
 VTAB = {  # target: classes, of them the first, images in the training and the test part
     "cifar100": (4, "apple", 40, 20),
-    "caltech101": (3, "Faces_easy", 21, 9),
+    "caltech101": (4, "BACKGROUND_Google", 28, 12),  # as published, with the background
     "dtd": (3, "banded", 18, 9),
     "eurosat": (3, "AnnualCrop", 21, 9),
     "flowers102": (102, "pink primrose", 204, 204),
@@ -183,11 +202,23 @@ def test_vtab_layouts(target, load):
     assert "{}" in task.source_recipe["prompt"]
     if target == "sun397":
         assert task.classes[1] == "apartment_building/outdoor"
-    if target not in ("cifar100", "caltech101", "flowers102", "sun397"):  # in caltech101 a class before is left out
+    if target not in ("cifar100", "flowers102", "sun397"):
         assert torch.equal(colours(task.target_test), task.target_test.labels)
     if target == "flowers102":
         rows = task.target_test.images.index
         assert ((rows + 1) % 102 == task.target_test.labels.numpy()).all()
+
+
+def test_clip_sees_the_middle_of_its_images_and_others_all(load):
+    """Task and cache by --arch: CLIP's preprocessing crops, that of all others squashes."""
+    squash, crop, other = (
+        load("vtab", "clip", "pets", seen_classes="2", arch=arch, image_size=16)
+        for arch in ("resnet50", "clip:tiny", None)
+    )
+    kinds = [task.target_test.images.key for task in (squash, crop, other)]
+    assert kinds[0] != kinds[1] == kinds[2], "the recipe's own architecture is a CLIP"
+    own = load("folder", arch="clip:tiny").target_test.images
+    assert not torch.equal(own[:], load("folder").target_test.images[:])
 
 
 def test_cifar100_runs_no_code(tmp_path):

@@ -123,6 +123,9 @@ def test_photographs(float64, monkeypatch):
     *box, flip = drawn["crop_resize"]
     *factors, hue, gray, order = drawn["change_colours"]
     assert flip.any() and not flip.all() and gray.any() and not gray.all()
+    u = torch.rand(28, 6, generator=data.generator("cpu", 2))  # on the CPU, in one piece, whatever the images' device
+    assert torch.equal(flip, u[22] < 0.5) and torch.equal(gray, u[27] < 0.3)
+    assert torch.equal(torch.stack([*factors, hue + 1]), 1 + 0.3 * (2 * u[23:27] - 1))
     naive = [
         naive_photo(batch[i], [b[i] for b in box], flip[i], [f[i] for f in factors], hue[i], gray[i], order)
         for i in range(6)
@@ -130,6 +133,17 @@ def test_photographs(float64, monkeypatch):
     torch.manual_seed(0)
     model = models.build("resnet18", 3, (3, 48, 48), "none").double().eval().to(memory_format=torch.channels_last)
     check(model, fast, torch.stack(naive), labels)
+
+
+@pytest.mark.parametrize("change", [data.random_affine, data.random_photo])
+def test_augmentation_draws_on_the_cpu_for_any_device(change):
+    """The device meta holds no numbers: whoever draws there, or waits for a number from there, fails."""
+    rng, other = data.generator("cpu", 3), data.generator("cpu", 3)
+    images = torch.rand(5, 3, 16, 16)
+    there = change(images.to("meta"), rng)
+    assert there.device.type == "meta" and there.shape == images.shape
+    change(images, other)
+    assert torch.equal(rng.get_state(), other.get_state())
 
 
 @pytest.mark.parametrize("arch", ["small_cnn", "resnet18"])

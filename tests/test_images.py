@@ -116,18 +116,32 @@ def test_exif_rotation(tmp_path, orientation):
     assert np.array_equal(decode.read_image(tmp_path / "x.png", 8), np.asarray(upright))
 
 
-def test_images_are_resized_as_torchvision_resizes_them(tmp_path):
-    import torchvision.transforms.v2.functional as F
-
-    replicas.photo(tmp_path / "x.png", 3, 2)
-    want = F.resize(Image.open(tmp_path / "x.png"), [16, 16])
-    assert np.array_equal(decode.read_image(tmp_path / "x.png", 16), np.asarray(want))
-    # a large JPEG is decoded at a part of its size: nearly the same pixels
+def jpegs(folder):
+    """Ten JPEGs of odd sizes, all detail and no detail; their paths."""
     rng = np.random.default_rng(0)
-    smooth = Image.fromarray(rng.integers(0, 256, (12, 9, 3), dtype=np.uint8)).resize((900, 1200), Image.BICUBIC)
-    smooth.save(tmp_path / "large.jpg", quality=90)
-    want = np.asarray(F.resize(Image.open(tmp_path / "large.jpg"), [32, 32]), np.int64)
-    assert np.abs(decode.read_image(tmp_path / "large.jpg", 32) - want).mean() < 2  # of 255
+    sizes = [(24, 18), (17, 31), (40, 40), (33, 16), (16, 33), (100, 99), (300, 7), (901, 1203), (640, 427), (5, 5)]
+    for i, (width, height) in enumerate(sizes):
+        coarse = rng.integers(0, 256, (height // (i + 1) + 1, width // (i + 1) + 1, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg", quality=90)
+    return [folder / f"{i}.jpg" for i in range(len(sizes))]
+
+
+@pytest.mark.parametrize("size", [16, 31])
+def test_images_are_resized_as_torchvision_resizes_them(tmp_path, size):
+    from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+
+    squash = Resize((size, size), InterpolationMode.BICUBIC)
+    crop = Compose([Resize(size, InterpolationMode.BICUBIC), CenterCrop(size)])  # CLIP's
+    for path in jpegs(tmp_path):
+        assert np.array_equal(decode.read_image(path, size), np.asarray(squash(Image.open(path))))
+        assert np.array_equal(decode.read_image(path, size, "crop"), np.asarray(crop(Image.open(path))))
+
+
+def test_a_strip_is_no_square(tmp_path):
+    save(tmp_path / "strip.png", size=(2, 900))
+    assert decode.read_image(tmp_path / "strip.png", 8).shape == (8, 8, 3)
+    with pytest.raises(ValueError, match="2x900 pixels: too thin"):
+        decode.read_image(tmp_path / "strip.png", 8, "crop")
 
 
 def test_every_damaged_file_is_named_and_can_be_left_out(tmp_path, capsys):
@@ -185,12 +199,12 @@ def test_images_are_like_a_tensor(listing):
     assert torch.equal(pixels, whole[labels].float() / 255)
 
 
-@pytest.mark.parametrize("change", ["time", "name", "size", "version", "image size"])
+@pytest.mark.parametrize("change", ["time", "name", "size", "version", "image size", "fit"])
 def test_the_cache_is_built_once_and_again_after_a_change(listing, change, monkeypatch):
     root, files, cache = listing
     open_list(root, files, cache)
     monkeypatch.setattr(images, "build", lambda *a: pytest.fail("built again"))
-    size = 8
+    size, fit = 8, "squash"
     open_list(root, files, cache)
     if change == "time":
         os.utime(root / files[3], (1, 1))
@@ -203,10 +217,12 @@ def test_the_cache_is_built_once_and_again_after_a_change(listing, change, monke
         os.utime(root / files[3], ns=(stat.st_atime_ns, stat.st_mtime_ns))
     elif change == "version":
         monkeypatch.setattr(images, "CACHE_VERSION", 99)
-    else:
+    elif change == "image size":
         size = 9
+    else:
+        fit = "crop"
     with pytest.raises(pytest.fail.Exception, match="built again"):
-        open_list(root, files, cache, size)
+        open_list(root, files, cache, size, fit=fit)
 
 
 def read_all(root, files):
@@ -238,14 +254,14 @@ sys.path.insert(0, {str(ROOT)!r})
 import numpy as np
 from data import images
 images.CHUNK, read_image = 4, images.read_image
-def dying(path, size):
+def dying(path, size, fit):
     if Path(path) == Path({str(root)!r}) / {files[16]!r}:
         while np.count_nonzero(np.load(next(Path({str(cache)!r}).glob("*.sums.npy")))) < 16:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
     if str(path) > str(Path({str(root)!r}) / {files[16]!r}):
         time.sleep(60)
-    return read_image(path, size)
+    return read_image(path, size, fit)
 images.read_image = dying
 images.open_images("name", {str(root)!r}, {files!r}, 8, {str(cache)!r})
 """
@@ -259,7 +275,7 @@ images.open_images("name", {str(root)!r}, {files!r}, 8, {str(cache)!r})
         stream.seek(-(40 - 2) * 8 * 8 * 3, os.SEEK_END)
         stream.write(bytes(100))
     decoded, read_image = [], decode.read_image
-    monkeypatch.setattr(images, "read_image", lambda path, size: decoded.append(path) or read_image(path, size))
+    monkeypatch.setattr(images, "read_image", lambda path, *kind: decoded.append(path) or read_image(path, *kind))
     found = open_list(root, files, cache)
     assert sorted(decoded) == [str(root / file) for file in [files[2], *files[16:]]]
     assert torch.equal(found[:], whole)
@@ -271,10 +287,10 @@ def test_two_builds_at_a_time(listing, monkeypatch):
     read_image, decoded, found = decode.read_image, [], []
     whole = read_all(root, files)
 
-    def slow(path, size):
+    def slow(path, size, fit):
         decoded.append(path)
         time.sleep(0.02)
-        return read_image(path, size)
+        return read_image(path, size, fit)
 
     monkeypatch.setattr(images, "read_image", slow)
     build = functools.partial(open_list, root, files, cache)
@@ -318,7 +334,7 @@ def test_a_disk_that_fills_up_is_an_error_and_the_build_goes_on(listing, monkeyp
     names = sorted(path.name.partition(".")[2] for path in cache.iterdir())
     assert names == ["lock", "npy.part", "sums.npy"], "nothing that could be taken for a cache"
     decoded, read_image = [], decode.read_image
-    monkeypatch.setattr(images, "read_image", lambda path, size: decoded.append(path) or read_image(path, size))
+    monkeypatch.setattr(images, "read_image", lambda path, *kind: decoded.append(path) or read_image(path, *kind))
     assert torch.equal(open_list(root, files, cache)[:], read_all(root, files))
     assert set(decoded) == {str(root / file) for file in files[len(files) - len(decoded) :]}
     assert 20 <= len(decoded) < 40
