@@ -48,17 +48,8 @@ if __name__ == "__main__":
         models.tune_process()
         device, amp = models.choose_device(args.device, args.amp, args.arch)
         batches = task.target_train.batches(args.batch_size, device, args.seed, args.augment, args.resident)
-        source_model = models.source_model(
-            task,
-            args.arch,
-            device,
-            amp,
-            args.weights,
-            args.source_checkpoint,
-            args.source_seed,
-            args.runs_dir,
-            run.stop,
-        )
+        start = args.weights, args.source_checkpoint, args.source_seed
+        source_model = models.source_model(task, args.arch, device, amp, *start, args.runs_dir, run.stop)
         torch.manual_seed(args.seed)
         model = copy.deepcopy(source_model)
         model.head.requires_grad_(False)
