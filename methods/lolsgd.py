@@ -122,8 +122,11 @@ if __name__ == "__main__":
             model.compile()
         backbone, head = model.backbone.parameters(), model.head.parameters()
         rates = [{"params": backbone, "lr": args.backbone_lr}, {"params": head, "lr": args.lr}]
-        optimizer = torch.optim.SGD(rates, momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * args.steps_per_epoch)
+        fused = True if device.type == "cuda" and amp is not torch.float16 else None  # float16 may skip the first step
+        optimizer = torch.optim.SGD(rates, momentum=0.9, nesterov=True, weight_decay=args.weight_decay, fused=fused)
+        round_steps = args.tau * args.copies
+        rounds = max(1, args.epochs * args.steps_per_epoch // round_steps)  # the cosine ends with the last
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, rounds * round_steps)
         scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
         # weights and BatchNorm's statistics: what is averaged
         weights = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
