@@ -313,7 +313,7 @@ def test_a_copy_trains_on_its_own_classes(run_method, monkeypatch):
 
 
 def test_one_copy_with_all_classes_is_sgd_that_forgets_its_momentum(run_method):
-    flags = ("--copies", "1", "--left-out", "0", "--tau", "2", "--ce", "all", "--steps-per-epoch", "4", "--name", "one")
+    flags = ("--copies", "1", "--left-out", "0", "--tau", "2", "--steps-per-epoch", "4", "--name", "one")
     names = run_method("lolsgd", *flags)[0]
     args, source, task = names["args"], names["source_model"], names["task"]
     model = copy.deepcopy(source)
@@ -399,6 +399,35 @@ def test_lp_ft_with_a_pull_and_no_probe_is_l2_sp(run_method):
 
 @pytest.mark.parametrize("mode", ["weights", "logits"])
 def test_wise_ft_ends_are_the_two_models(run_method, read, mode):
+@pytest.mark.parametrize("ce, untouched", [("all", "none"), ("seen", "unseen"), ("subset", "unseen")])
+def test_only_masked_cross_entropy_leaves_the_unseen_rows_alone(run_method, ce, untouched):
+    """The paper's, over all C logits, is the default."""
+    flags = () if ce == "all" else ("--ce", ce)
+    flags += ("--weight-decay", "0", "--steps-per-epoch", "10", "--name", f"rows of {ce}")
+    names = run_method("lolsgd", *flags)[0]
+    seen = names["task"].seen
+    before, after = (names[model].head.weight for model in ("source_model", "model"))
+    moved = (before != after).any(1)
+    assert names["args"].ce == ce and moved[seen].all()
+    assert moved[~seen].all() if untouched == "none" else not moved[~seen].any()
+
+
+@pytest.mark.parametrize("steps, taken", [(3, 20), (15, 20), (32, 60)])
+def test_the_cosine_ends_with_the_last_round(run_method, monkeypatch, steps, taken):
+    """Rounds are whole and there is one at least; no step is past the end, where a cosine would rise again."""
+    rates, step = [], torch.optim.SGD.step
+
+    def noted(self, *args, **kwargs):
+        rates.append(self.param_groups[1]["lr"])  # the head's
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", noted)
+    names = run_method("lolsgd", "--steps-per-epoch", str(steps), "--name", f"cosine {steps}")[0]
+    want = [names["args"].lr * 0.5 * (1 + math.cos(math.pi * i / taken)) for i in range(taken)]
+    assert names["run"].steps == taken and rates[-taken:] == pytest.approx(want, abs=1e-9)
+    assert names["scheduler"].get_last_lr() == pytest.approx([0, 0], abs=1e-9)
+
+
     for mixing, share in (("0", 0.0), ("1", 1.0)):
         flags = ("--mixing", mixing, "--mode", mode, "--bn-mode", "train", "--name", f"wise-{mode}-{mixing}")
         _, folder = run_method("wise_ft", *flags)
