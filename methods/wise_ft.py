@@ -94,9 +94,10 @@ def reestimate(model, layers, batches):
     """Set the statistics of the model's BatchNorm layers to their average over one pass of batches(step)."""
     for layer in layers:
         layer.reset_running_stats()
-        layer.momentum = None  # all batches weigh the same
         layer.train()
     for step in range(len(batches)):
+        for layer in layers:
+            layer.momentum = 1 / (step + 1)  # all batches weigh the same; None would wait for the device
         model(batches(step)[0])
     model.eval()
 

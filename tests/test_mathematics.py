@@ -473,3 +473,4 @@ def test_statistics_are_re_estimated_between_the_ends_only(run_method, read):
     plain = read(run_method("wise_ft", *flags, "plain")[1])[2][-1]["curve"]
     again = read(run_method("wise_ft", "--reestimate-bn", *flags, "again")[1])[2][-1]["curve"]
     assert [one == other for one, other in zip(plain, again, strict=True)] == [True] + [False] * 9 + [True]
+    assert middle.backbone[1].momentum == 1 / 2, "None would give the same, but wait for the device in every layer"
