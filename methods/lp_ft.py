@@ -81,8 +81,9 @@ def fit_head(head, features, labels, steps, batch_size, lr, weight_decay, rng):
 @torch.no_grad()
 def pull_to(start, parameters, pull):
     """Add pull (w - w0), the gradient of pull / 2 * sum (w - w0)^2, to the gradients of the parameters w."""
-    for w, w0 in zip(parameters, start, strict=True):
-        w.grad.add_(w - w0, alpha=pull)
+    parameters = list(parameters)
+    moved = torch._foreach_sub(parameters, list(start))
+    torch._foreach_add_([w.grad for w in parameters], moved, alpha=pull)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import models
@@ -32,6 +33,23 @@ def ht_distill():
 
 
 SEEN = torch.tensor([True, False, True, False, False])
+
+
+class CountOperations(TorchDispatchMode):
+    """How many operations PyTorch dispatches in the block: as many kernels, or more, as a device is asked to start."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def resnet50():
+    return models.build("resnet50", 65, (3, 224, 224), "none").to(memory_format=torch.channels_last)
 
 
 # ---------------------------------------------------------------- ht_distill
@@ -172,12 +190,22 @@ def loop_project(g, p):
     return [a - dot / pp * b for a, b in zip(g, p, strict=True)] if dot < 0 else list(g)
 
 
+def projected(gradients, references, scope):
+    """What project makes of the lists of tensors, in their shapes, and the cosine and share that it returns."""
+    grad_proj = method("grad_proj")
+    (g, g_parts), (p, p_parts) = grad_proj.vector_of(gradients), grad_proj.vector_of(references)
+    torch._foreach_copy_(g_parts, gradients)
+    torch._foreach_copy_(p_parts, references)
+    sizes = [len(g)] if scope == "global" else [x.numel() for x in gradients]
+    return g_parts, *grad_proj.project(g, p, sizes)
+
+
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_projection_against_a_loop(seed, scope):
     torch.manual_seed(seed)
     g, p = ([torch.randn(shape) for shape in ((3, 2), (4,), (2, 2, 2))] for _ in range(2))
-    got, cosine, share = method("grad_proj").project(g, p, scope)
+    got, cosine, share = projected(g, p, scope)
     flat_g, flat_p = ([x.double().flatten().tolist() for x in xs] for xs in (g, p))
     if scope == "layer":
         want = [v for a, b in zip(flat_g, flat_p, strict=True) for v in loop_project(a, b)]
@@ -195,29 +223,55 @@ def test_projection_against_a_loop(seed, scope):
 
 def test_references_remember_the_steps_before():
     remember = method("grad_proj").remember
-    weights = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))]
-    optimizer = torch.optim.SGD(weights, lr=0.1, momentum=0.9, nesterov=True)
-    steps = [[torch.tensor([1.0, 2.0]), torch.tensor([4.0])], [torch.tensor([3.0, torch.inf]), torch.tensor([-4.0])]]
-    for number, references in enumerate(steps):
-        got = remember([r.bfloat16() for r in references], [optimizer.state[w] for w in weights], 0.5)
-        want = [[1, 2], [4]] if number == 0 else [[3.5, 1], [-2]]
-        assert [x.tolist() for x in got] == want and all(x.dtype is torch.float32 for x in got)
-        for weight in weights:
-            weight.grad = torch.ones_like(weight)
-        optimizer.step()  # leaves them alone
-    resumed = torch.optim.SGD(weights, lr=0.1, momentum=0.9, nesterov=True)
-    resumed.load_state_dict(optimizer.state_dict())  # a checkpoint of the optimizer holds them
-    states = [[o.state[weight] for weight in weights] for o in (optimizer, resumed)]
-    again = [remember([torch.ones(2), torch.ones(1)], of_optimizer, 0.5) for of_optimizer in states]
-    assert again[0][0].tolist() == again[1][0].tolist() == [2.75, 1.5]
+    p = torch.zeros(3)
+    remember(p, torch.tensor([1.0, 2.0, 4.0]), 0.5)
+    assert p.tolist() == [1, 2, 4]
+    remember(p, torch.tensor([3.0, torch.inf, torch.nan]), 0.5)  # what overflowed adds nothing
+    assert p.tolist() == [3.5, 1, 2]
+    remember(p, torch.tensor([1.0, -torch.inf, -4.0]), 0.5)
+    assert p.tolist() == [2.75, 0.5, -3]
+
+
+def test_parts_of_a_vector_have_the_layout_of_the_parameters():
+    conv = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    parameters = [*conv.parameters(), *torch.nn.Linear(2, 5).parameters()]
+    vector, parts = method("grad_proj").vector_of(parameters)
+    torch._foreach_copy_(parts, [w.detach() for w in parameters])
+    for part, w in zip(parts, parameters, strict=True):
+        assert torch.equal(part, w) and part.stride() == w.stride()
+    assert vector.sum().item() == pytest.approx(sum(w.sum().item() for w in parameters), abs=1e-5)
+    assert len(vector) == 108 + 4 + 10 + 5
 
 
 def test_projection_in_float32_and_without_a_reference():
-    project = method("grad_proj").project
-    half, _, _ = project([torch.ones(3, dtype=torch.bfloat16)], [-torch.ones(3, dtype=torch.bfloat16)], "global")
+    half, _, _ = projected([torch.ones(3, dtype=torch.bfloat16)], [-torch.ones(3, dtype=torch.bfloat16)], "global")
     assert half[0].dtype == torch.float32 and half[0].abs().max() == 0
-    same, cosine, share = project([torch.ones(3)], [torch.zeros(3)], "global")
+    same, cosine, share = projected([torch.ones(3)], [torch.zeros(3)], "global")
     assert torch.equal(same[0], torch.ones(3)) and cosine == 0 and share == 0
+
+
+@pytest.mark.parametrize("overflow", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_a_gradient_that_overflowed_has_a_finite_cosine_and_still_stops_the_scaler(scope, overflow):
+    gradients, references = [torch.tensor([1.0, overflow]), torch.ones(3)], [torch.ones(2), -torch.ones(3)]
+    got, cosine, share = projected(gradients, references, scope)
+    assert cosine == 0 and torch.isfinite(share), "one step that is skipped must not spoil an epoch's mean"
+    assert not got[0].isfinite().all(), "the GradScaler looks here, and skips the step"
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_projection_takes_few_operations(scope, resnet50):
+    """Not several for each of ResNet-50's 161 parameters: a GPU would wait for their starts."""
+    grad_proj, parameters = method("grad_proj"), list(resnet50.parameters())
+    (g, g_parts), (fresh, fresh_parts) = grad_proj.vector_of(parameters), grad_proj.vector_of(parameters)
+    p, gradients = torch.ones_like(g), [torch.randn_like(w) for w in parameters]
+    sizes = [len(g)] if scope == "global" else [w.numel() for w in parameters]
+    with CountOperations() as operations:
+        torch._foreach_copy_(g_parts, gradients)
+        torch._foreach_copy_(fresh_parts, gradients)
+        grad_proj.remember(p, fresh, 0.5)
+        grad_proj.project(g, p, sizes)
+    assert len(parameters) == 161 and operations.count <= (50 if scope == "global" else 250)
 
 
 @pytest.mark.parametrize("reference", ["lumped", "gap"])
@@ -256,6 +310,19 @@ def test_pull_is_the_gradient_of_its_penalty(name):
     method(name).pull_to(start, w, 0.7)
     for tensor, gradient in zip(w, want, strict=True):
         torch.testing.assert_close(tensor.grad, gradient)
+
+
+@pytest.mark.parametrize("name", ["l2_sp", "lp_ft"])
+def test_a_pull_takes_few_operations(name, resnet50):
+    parameters, start = list(resnet50.parameters()), [w.detach() + 1 for w in resnet50.parameters()]
+    for w in parameters:
+        w.grad = torch.zeros_like(w)
+    with CountOperations() as operations:
+        method(name).pull_to(iter(start), iter(parameters), 0.5)
+    assert operations.count <= 10
+    for w, w0 in zip(parameters, start, strict=True):
+        assert torch.equal(w.grad, 0.5 * (w.detach() - w0))
+    resnet50.zero_grad()
 
 
 # ---------------------------------------------------------------- lolsgd
@@ -332,6 +399,35 @@ def test_one_copy_with_all_classes_is_sgd_that_forgets_its_momentum(run_method):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("ce, untouched", [("all", "none"), ("seen", "unseen"), ("subset", "unseen")])
+def test_only_masked_cross_entropy_leaves_the_unseen_rows_alone(run_method, ce, untouched):
+    """The paper's, over all C logits, is the default."""
+    flags = () if ce == "all" else ("--ce", ce)
+    flags += ("--weight-decay", "0", "--steps-per-epoch", "10", "--name", f"rows of {ce}")
+    names = run_method("lolsgd", *flags)[0]
+    seen = names["task"].seen
+    before, after = (names[model].head.weight for model in ("source_model", "model"))
+    moved = (before != after).any(1)
+    assert names["args"].ce == ce and moved[seen].all()
+    assert moved[~seen].all() if untouched == "none" else not moved[~seen].any()
+
+
+@pytest.mark.parametrize("steps, taken", [(3, 20), (15, 20), (32, 60)])
+def test_the_cosine_ends_with_the_last_round(run_method, monkeypatch, steps, taken):
+    """Rounds are whole and there is one at least; no step is past the end, where a cosine would rise again."""
+    rates, step = [], torch.optim.SGD.step
+
+    def noted(self, *args, **kwargs):
+        rates.append(self.param_groups[1]["lr"])  # the head's
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", noted)
+    names = run_method("lolsgd", "--steps-per-epoch", str(steps), "--name", f"cosine {steps}")[0]
+    want = [names["args"].lr * 0.5 * (1 + math.cos(math.pi * i / taken)) for i in range(taken)]
+    assert names["run"].steps == taken and rates[-taken:] == pytest.approx(want, abs=1e-9)
+    assert names["scheduler"].get_last_lr() == pytest.approx([0, 0], abs=1e-9)
+
+
 # ---------------------------------------------------------------- the others
 
 
@@ -399,35 +495,6 @@ def test_lp_ft_with_a_pull_and_no_probe_is_l2_sp(run_method):
 
 @pytest.mark.parametrize("mode", ["weights", "logits"])
 def test_wise_ft_ends_are_the_two_models(run_method, read, mode):
-@pytest.mark.parametrize("ce, untouched", [("all", "none"), ("seen", "unseen"), ("subset", "unseen")])
-def test_only_masked_cross_entropy_leaves_the_unseen_rows_alone(run_method, ce, untouched):
-    """The paper's, over all C logits, is the default."""
-    flags = () if ce == "all" else ("--ce", ce)
-    flags += ("--weight-decay", "0", "--steps-per-epoch", "10", "--name", f"rows of {ce}")
-    names = run_method("lolsgd", *flags)[0]
-    seen = names["task"].seen
-    before, after = (names[model].head.weight for model in ("source_model", "model"))
-    moved = (before != after).any(1)
-    assert names["args"].ce == ce and moved[seen].all()
-    assert moved[~seen].all() if untouched == "none" else not moved[~seen].any()
-
-
-@pytest.mark.parametrize("steps, taken", [(3, 20), (15, 20), (32, 60)])
-def test_the_cosine_ends_with_the_last_round(run_method, monkeypatch, steps, taken):
-    """Rounds are whole and there is one at least; no step is past the end, where a cosine would rise again."""
-    rates, step = [], torch.optim.SGD.step
-
-    def noted(self, *args, **kwargs):
-        rates.append(self.param_groups[1]["lr"])  # the head's
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(torch.optim.SGD, "step", noted)
-    names = run_method("lolsgd", "--steps-per-epoch", str(steps), "--name", f"cosine {steps}")[0]
-    want = [names["args"].lr * 0.5 * (1 + math.cos(math.pi * i / taken)) for i in range(taken)]
-    assert names["run"].steps == taken and rates[-taken:] == pytest.approx(want, abs=1e-9)
-    assert names["scheduler"].get_last_lr() == pytest.approx([0, 0], abs=1e-9)
-
-
     for mixing, share in (("0", 0.0), ("1", 1.0)):
         flags = ("--mixing", mixing, "--mode", mode, "--bn-mode", "train", "--name", f"wise-{mode}-{mixing}")
         _, folder = run_method("wise_ft", *flags)
@@ -463,6 +530,7 @@ def test_interpolation_and_its_batchnorm_statistics():
     outputs = middle.backbone[0]((TwoBatches.images.flatten(0, 1) - 0.5) / 0.5)
     torch.testing.assert_close(middle.backbone[1].running_mean, outputs.mean((0, 2, 3)), atol=1e-5, rtol=1e-4)
     assert not middle.training and not middle.backbone[1].training
+    assert middle.backbone[1].momentum == 1 / 2, "None would give the same, but wait for the device in every layer"
     for share, end in ((0.0, a), (1.0, b)):
         kept = wise.interpolate(a, b, share).state_dict()
         assert all(torch.equal(kept[key], value) for key, value in end.state_dict().items())
@@ -473,4 +541,3 @@ def test_statistics_are_re_estimated_between_the_ends_only(run_method, read):
     plain = read(run_method("wise_ft", *flags, "plain")[1])[2][-1]["curve"]
     again = read(run_method("wise_ft", "--reestimate-bn", *flags, "again")[1])[2][-1]["curve"]
     assert [one == other for one, other in zip(plain, again, strict=True)] == [True] + [False] * 9 + [True]
-    assert middle.backbone[1].momentum == 1 / 2, "None would give the same, but wait for the device in every layer"

@@ -30,7 +30,7 @@ MAY_REPLACE = {
         *UPDATE,
     ],
     "frozen_classifier": [],
-    "grad_proj": [ARGS, LOSS, "optimizer.zero_grad()", "scaler.scale(loss).backward()", COUNT],
+    "grad_proj": [ARGS, LOSS, "optimizer.zero_grad()", "scaler.scale(loss).backward()", RESUME, COUNT],
     "ht_distill": [ARGS, LOSS, "run.start(model)", "run.evaluate(epoch, model)"],
     "l2_sp": [ARGS],
     "lolsgd": [ARGS, SCHEDULER, LOSS, STEPS, RESUME, "images, labels = batches(step)", COUNT],
