@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import QUICK, ROOT
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import data
 import eval as evaluation
 import models
+import runs
 
 METHODS = sorted(path.stem for path in (ROOT / "methods").glob("*.py"))
 
@@ -61,6 +64,60 @@ def test_methods_run_in_bfloat16(method, run_method, read, runs_dir):
     assert all(line["loss"] is None or np.isfinite(line["loss"]) for line in log)
     logits = arrays["source_test_logits"]  # the head was autocast
     assert np.array_equal(logits, torch.from_numpy(logits).bfloat16().float().numpy())
+
+
+class FindWaits(TorchDispatchMode):
+    """Notes the operations that give a program a number or a shape it can only have once the device is done.
+
+    While watching is set: .item(), float(tensor) and branches on tensors; boolean masks as indices.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.watching = False
+        self.operations = 0
+        self.waits = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if self.watching:
+            self.operations += 1
+            waits = name in ("_local_scalar_dense", "equal", "nonzero", "masked_select")
+            if name in ("index", "index_put_"):
+                waits = any(index is not None and index.dtype is torch.bool for index in args[1])
+            self.waits += [name] * waits
+        return function(*args, **(kwargs or {}))
+
+
+LOOPS = [(method, ()) for method in METHODS]
+LOOPS += [("bn_adapt", ("--mode", "stats")), ("lp_ft", ("--pull", "1"))]
+LOOPS += [("lolsgd", ("--ce", "subset")), ("grad_proj", ("--reference", "gap", "--scope", "layer"))]
+
+
+@pytest.mark.parametrize("method, flags", LOOPS, ids=lambda value: value if isinstance(value, str) else " ".join(value))
+def test_a_loop_never_waits_for_the_device(method, flags, run_method, monkeypatch):
+    """From the end of a step to the end of the next, but for how batches and a Run work inside."""
+    find = FindWaits()
+
+    def unwatched(owner, name, watch_after):
+        function = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            watching = find.watching
+            find.watching = False
+            result = function(*args, **kwargs)
+            find.watching = watching if watch_after is None else watch_after
+            return result
+
+        monkeypatch.setattr(owner, name, call)
+
+    unwatched(runs.Run, "step", watch_after=True)
+    unwatched(runs.Run, "evaluate", watch_after=False)
+    unwatched(data.Batches, "__call__", watch_after=None)
+    unwatched(models, "predict", watch_after=False)  # of an evaluation
+    with find:
+        names, _ = run_method(method, *flags, "--name", " ".join(("waits", method, *flags)))
+    assert names["run"].steps >= 6 and find.operations > 100 and not find.waits
 
 
 def test_a_pseudo_split_is_a_run_beside_the_run(run_method, read):
