@@ -62,6 +62,8 @@ class Args(Method, Training, data.TaskArgs, runs.RunArgs):
 if __name__ == "__main__":
     args = runs.parse(Args)
     with runs.Run(__file__, args) as run:
+        if args.compile and args.mode == "stats":  # a momentum of its own in every step: every step would compile anew
+            raise InputError("--compile: --mode stats has no training step to compile; leave it out")
         task = data.load_task(args)
         args = run.open(task)
         models.tune_process()

@@ -465,6 +465,12 @@ def test_bn_adapt_needs_batchnorm(run_method, capsys):
     assert stop.value.code == 2 and "--arch lenet: has no BatchNorm" in capsys.readouterr().err
 
 
+def test_bn_stats_have_nothing_to_compile(run_method, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_method("bn_adapt", "--mode", "stats", "--compile", "--name", "compiled")
+    assert stop.value.code == 2 and "--compile: --mode stats has no training step" in capsys.readouterr().err
+
+
 def test_fit_head_finds_the_separating_head():
     torch.manual_seed(0)
     labels = torch.arange(300) % 3
