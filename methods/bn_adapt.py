@@ -2,7 +2,8 @@
 
 --mode affine trains scale and shift of the BatchNorm layers only (Frankle et al., arXiv 2003.00152); --mode stats
 re-estimates their mean and variance on the target images, without a gradient (AdaBN, Li et al., arXiv 1603.04779).
-Baselines of holistic transfer (NeurIPS 2023, arXiv 2311.01420).
+Baselines of holistic transfer (NeurIPS 2023, arXiv 2311.01420). Differs from AdaBN: the statistics are the mean over
+the last epoch's batches, of images of the seen classes alone, augmented as in training unless --no-augment says so.
 
     python methods/bn_adapt.py    # overall 87.3 ± 1.7, unseen 77.7 on mnist to optdigits, see README
 """
@@ -50,6 +51,8 @@ class Args(Method, Training, data.TaskArgs, runs.RunArgs):
 if __name__ == "__main__":
     args = runs.parse(Args)
     with runs.Run(__file__, args) as run:
+        if args.compile and args.mode == "stats":  # a momentum of its own in every step: every step would compile anew
+            raise InputError("--compile: --mode stats has no training step to compile; leave it out")
         task = data.load_task(args)
         args = run.open(task)
         models.tune_process()
@@ -65,13 +68,12 @@ if __name__ == "__main__":
         model.requires_grad_(False)
         for layer in layers:
             layer.requires_grad_(args.mode == "affine")
-            if args.mode == "stats":
-                layer.momentum = None  # all batches weigh the same
         if args.compile:
             model.compile()
-        backbone, head = model.backbone.parameters(), model.head.parameters()
-        rates = [{"params": backbone, "lr": args.backbone_lr}, {"params": head, "lr": args.lr}]
-        optimizer = torch.optim.SGD(rates, momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
+        rates = [{"params": model.backbone.parameters(), "lr": args.backbone_lr}]
+        rates += [{"params": model.head.parameters(), "lr": args.lr}]
+        fused = True if device.type == "cuda" and amp is not torch.float16 else None  # float16 may skip the first step
+        optimizer = torch.optim.SGD(rates, momentum=0.9, nesterov=True, weight_decay=args.weight_decay, fused=fused)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * args.steps_per_epoch)
         scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
 
@@ -85,6 +87,9 @@ if __name__ == "__main__":
                     layer.reset_running_stats()
             for step in range(run.steps, epoch * args.steps_per_epoch):
                 images, labels = batches(step)
+                if args.mode == "stats":
+                    for layer in layers:  # all batches weigh the same; momentum None would wait for the device
+                        layer.momentum = 1 / (step % args.steps_per_epoch + 1)
                 loss = F.cross_entropy(model(images), labels)
                 if args.mode == "affine":  # for the statistics, the forward pass is all there is
                     optimizer.zero_grad()

@@ -68,8 +68,9 @@ def fit_head(head, features, labels, steps, batch_size, lr, weight_decay, rng):
 @torch.no_grad()
 def pull_to(start, parameters, pull):
     """Add pull (w - w0), the gradient of pull / 2 * sum (w - w0)^2, to the gradients of the parameters w."""
-    for w, w0 in zip(parameters, start, strict=True):
-        w.grad.add_(w - w0, alpha=pull)
+    parameters = list(parameters)
+    moved = torch._foreach_sub(parameters, list(start))
+    torch._foreach_add_([w.grad for w in parameters], moved, alpha=pull)
 
 
 if __name__ == "__main__":
@@ -88,11 +89,12 @@ if __name__ == "__main__":
         model = copy.deepcopy(source_model)
         if args.compile:
             model.compile()
-        backbone, head = model.backbone.parameters(), model.head.parameters()
-        rates = [{"params": backbone, "lr": args.backbone_lr}, {"params": head, "lr": args.lr}]
+        rates = [{"params": model.backbone.parameters(), "lr": args.backbone_lr}]
+        rates += [{"params": model.head.parameters(), "lr": args.lr}]
         for rate in rates:
             rate["lr"] *= args.ft_lr_scale
-        optimizer = torch.optim.SGD(rates, momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
+        fused = True if device.type == "cuda" and amp is not torch.float16 else None  # float16 may skip the first step
+        optimizer = torch.optim.SGD(rates, momentum=0.9, nesterov=True, weight_decay=args.weight_decay, fused=fused)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * args.steps_per_epoch)
         scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
 

@@ -81,9 +81,10 @@ def reestimate(model, layers, batches):
     """Set the statistics of the model's BatchNorm layers to their average over one pass of batches(step)."""
     for layer in layers:
         layer.reset_running_stats()
-        layer.momentum = None  # all batches weigh the same
         layer.train()
     for step in range(len(batches)):
+        for layer in layers:
+            layer.momentum = 1 / (step + 1)  # all batches weigh the same; None would wait for the device
         model(batches(step)[0])
     model.eval()
 
@@ -103,9 +104,10 @@ if __name__ == "__main__":
         model = copy.deepcopy(source_model)
         if args.compile:
             model.compile()
-        backbone, head = model.backbone.parameters(), model.head.parameters()
-        rates = [{"params": backbone, "lr": args.backbone_lr}, {"params": head, "lr": args.lr}]
-        optimizer = torch.optim.SGD(rates, momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
+        rates = [{"params": model.backbone.parameters(), "lr": args.backbone_lr}]
+        rates += [{"params": model.head.parameters(), "lr": args.lr}]
+        fused = True if device.type == "cuda" and amp is not torch.float16 else None  # float16 may skip the first step
+        optimizer = torch.optim.SGD(rates, momentum=0.9, nesterov=True, weight_decay=args.weight_decay, fused=fused)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * args.steps_per_epoch)
         scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
 

@@ -218,7 +218,12 @@ def wrong():
         "lolsgd": {"copies": ("0", "-1", "2.5"), "tau": ("0", "x"), "left-out": ("1.5", "-0.1", "nan"), "ce": ("no",)}
     }
     own |= {
-        "ht_distill": {"distill-weight": ("-1", "inf"), "rank-weight": ("-1", "nan"), "late-lr": ("0", "-1", "nan")}
+        "ht_distill": {
+            "relations-weight": ("-1", "inf"),
+            "share-weight": ("-1", "nan"),
+            "rank-weight": ("-1", "nan"),
+            "seen-prior": ("-0.1", "1.5", "nan"),
+        }
     }
     own |= {"wise_ft": {"mixing": ("2", "-0.1", "nan"), "mode": ("mean",)}, "l2_sp": {"pull": ("-1", "inf", "nan")}}
     own |= {"lp_ft": {"probe-steps": ("-1", "0.5"), "ft-lr-scale": ("-1", "nan"), "pull": ("-1", "inf")}}
@@ -231,7 +236,6 @@ def wrong():
         for flag, values in flags.items():
             for value in values:
                 yield method, [f"--{flag}", value], flag
-    yield "ht_distill", ["--distill", "some"], "distill"
     yield "wise_ft", ["--name", "../up"], "name"
     yield "wise_ft", ["--name", ".."], "name"
     yield "naive_ft", ["--amp", "float64"], "amp"

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import models
@@ -26,111 +27,35 @@ def method(name):
     return importlib.import_module(name)
 
 
-@pytest.fixture
-def ht_distill():
-    return method("ht_distill")
-
-
 SEEN = torch.tensor([True, False, True, False, False])
 
 
-# ---------------------------------------------------------------- ht_distill
+class CountOperations(TorchDispatchMode):
+    """How many operations PyTorch dispatches in the block: as many kernels, or more, as a device is asked to start."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
 
 
-def loop_kl(logits, teacher, seen, outcomes):
-    total, masses = 0.0, []
-    for z, z0 in zip(logits.tolist(), teacher.tolist(), strict=True):
-        p, q = (np.exp(np.array(v)) for v in (z0, z))
-        masses.append([v[seen.numpy()].sum() / v.sum() for v in (p, q)])
-        groups = [[k] for k in range(len(seen)) if outcomes == "all" or not seen[k]]
-        groups += [[k for k in range(len(seen)) if seen[k]]] if outcomes == "lumped" else []
-        p, q = (np.array([v[group].sum() for group in groups]) for v in (p, q))
+@pytest.fixture(scope="module")
+def resnet50():
+    return models.build("resnet50", 65, (3, 224, 224), "none").to(memory_format=torch.channels_last)
+
+
+def loop_lumped_kl(logits, source_logits, seen):
+    """KL(source || model) over the unseen classes and all seen ones as one, mean over images, by a loop."""
+    total = 0.0
+    for z, source_z in zip(logits.tolist(), source_logits.tolist(), strict=True):
+        groups = [[k] for k in range(len(seen)) if not seen[k]] + [[k for k in range(len(seen)) if seen[k]]]
+        p, q = (np.array([np.exp(np.array(v))[group].sum() for group in groups]) for v in (source_z, z))
         p, q = p / p.sum(), q / q.sum()
         total += (p * np.log(p / q)).sum() / len(logits)
-    if outcomes == "mass":
-        p, q = np.mean(masses, 0)
-        p = (p + seen.numpy().mean()) / 2
-        return p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
     return total
-
-
-OUTCOMES = ["mass", "lumped", "unseen", "all"]
-
-
-@pytest.mark.parametrize("outcomes", OUTCOMES)
-def test_distillation(ht_distill, outcomes):
-    torch.manual_seed(0)
-    logits, teacher = torch.randn(2, 6, 5, dtype=torch.float64) * 3
-    kl = ht_distill.distillation(logits, teacher, SEEN, outcomes)
-    assert kl.item() == pytest.approx(loop_kl(logits, teacher, SEEN, outcomes), abs=1e-9)
-    if outcomes != "mass":  # which wants the share between the teacher's and that of the classes
-        assert ht_distill.distillation(teacher, teacher, SEEN, outcomes).item() == pytest.approx(0, abs=1e-9)
-    # a constant added to all unseen logits: invisible to `unseen`, seen by the others
-    sunk = ht_distill.distillation(logits - 2.0 * ~SEEN, teacher, SEEN, outcomes)
-    assert torch.isclose(sunk, kl) == (outcomes == "unseen")
-
-
-@pytest.mark.parametrize("outcomes", OUTCOMES)
-def test_distillation_is_finite_where_nothing_is_unseen_or_all_is_certain(ht_distill, outcomes):
-    logits = (torch.eye(5)[:, [1, 2, 3, 4, 0]] * 200).requires_grad_()
-    for seen in (SEEN, torch.ones(5, dtype=torch.bool)):
-        kl = ht_distill.distillation(logits, torch.eye(5) * 200, seen, outcomes)
-        (gradient,) = torch.autograd.grad(kl, logits)
-        assert torch.isfinite(kl) and torch.isfinite(gradient).all()
-
-
-def test_what_each_distillation_leaves_free(ht_distill):
-    seen = torch.tensor([True, False, True, False])
-    teacher = torch.tensor([[3.0, 0.0, 1.0, 2.0], [0.0, 1.0, 2.0, 0.5]])
-    swapped_seen = teacher[:, [2, 1, 0, 3]]  # the seen logits change places
-    swapped_unseen = teacher[:, [0, 3, 2, 1]]
-    swapped_images = teacher[[1, 0]]
-    for moved, free in ((swapped_seen, "mass lumped unseen"), (swapped_unseen, "mass"), (swapped_images, "mass")):
-        for outcomes in OUTCOMES:
-            kl, best = (ht_distill.distillation(z, teacher, seen, outcomes).item() for z in (moved, teacher))
-            assert (kl < best + 1e-6) == (outcomes in free.split()), (outcomes, kl)
-
-
-def test_cut_mix_takes_every_pixel_from_one_of_two_images(ht_distill):
-    images = torch.arange(1.0, 101).view(100, 1, 1, 1).expand(100, 1, 20, 20)
-    mixed = ht_distill.cut_mix(images, torch.Generator().manual_seed(0))
-    own, other = mixed == images, mixed == images.roll(1, 0)
-    assert (own | other).all()
-    share = own.float().mean((1, 2, 3))
-    assert 0.15 < share.min() < 0.3 and 0.7 < share.max() < 0.85 and 0.45 < share.mean() < 0.55
-    upright = (own == own[:, :, :1]).all(3).all(2).all(1)  # every row alike: a cut from side to side
-    assert 30 < upright.sum() < 70 and (own == own[:, :, :, :1]).all(3).all(2).all(1)[~upright].all()
-    assert ht_distill.cut_mix(images[:0], torch.Generator()).shape == (0, 1, 20, 20)
-
-
-def test_rates_fall_with_depth(ht_distill):
-    first, second, last = torch.zeros(1), torch.zeros(2), torch.zeros(3)
-    groups = ht_distill.slow_down([{"params": iter([first, second]), "lr": 0.1}, {"params": [last], "lr": 0.2}], 0.04)
-    assert all(group["params"][0] is tensor for group, tensor in zip(groups, (first, second, last), strict=True))
-    assert [group["lr"] for group in groups] == pytest.approx([0.1, 0.1 * 0.2, 0.2 * 0.04])
-
-
-def test_decorrelation(ht_distill):
-    torch.manual_seed(0)
-    features = torch.randn(50, 6, dtype=torch.float64)
-    correlation = np.corrcoef(features.numpy().T)
-    want = np.mean([correlation[i, j] ** 2 for i in range(6) for j in range(6) if i != j])
-    assert ht_distill.decorrelation(features).item() == pytest.approx(want, abs=1e-5)
-    orthogonal = torch.linalg.qr(torch.cat([torch.ones(50, 1, dtype=torch.float64), features], 1))[0][:, 1:]
-    assert ht_distill.decorrelation(orthogonal).item() == pytest.approx(0, abs=1e-9)
-    assert ht_distill.decorrelation(features[:, :1].repeat(1, 4)).item() == pytest.approx(1, abs=1e-4)
-    dead = torch.relu(features - 100).requires_grad_()
-    ht_distill.decorrelation(dead).backward()
-    assert torch.isfinite(dead.grad).all(), "features that ReLU has switched off must not give nan"
-
-
-def test_effective_rank(ht_distill):
-    for features, want in (
-        (np.eye(7)[:, :5], 5),
-        (np.outer(np.arange(1, 9), np.ones(5)), 1),
-        (np.diag([3.0, 1.0, 0.0]), math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))),
-    ):
-        assert ht_distill.effective_rank(torch.from_numpy(features)) == pytest.approx(want, abs=1e-5)
 
 
 # ---------------------------------------------------------------- masked_ft
@@ -172,12 +97,22 @@ def loop_project(g, p):
     return [a - dot / pp * b for a, b in zip(g, p, strict=True)] if dot < 0 else list(g)
 
 
+def projected(gradients, references, scope):
+    """What project makes of the lists of tensors, in their shapes, and the cosine and share that it returns."""
+    grad_proj = method("grad_proj")
+    (g, g_parts), (p, p_parts) = grad_proj.vector_of(gradients), grad_proj.vector_of(references)
+    torch._foreach_copy_(g_parts, gradients)
+    torch._foreach_copy_(p_parts, references)
+    sizes = [len(g)] if scope == "global" else [x.numel() for x in gradients]
+    return g_parts, *grad_proj.project(g, p, sizes)
+
+
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_projection_against_a_loop(seed, scope):
     torch.manual_seed(seed)
     g, p = ([torch.randn(shape) for shape in ((3, 2), (4,), (2, 2, 2))] for _ in range(2))
-    got, cosine, share = method("grad_proj").project(g, p, scope)
+    got, cosine, share = projected(g, p, scope)
     flat_g, flat_p = ([x.double().flatten().tolist() for x in xs] for xs in (g, p))
     if scope == "layer":
         want = [v for a, b in zip(flat_g, flat_p, strict=True) for v in loop_project(a, b)]
@@ -195,29 +130,55 @@ def test_projection_against_a_loop(seed, scope):
 
 def test_references_remember_the_steps_before():
     remember = method("grad_proj").remember
-    weights = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))]
-    optimizer = torch.optim.SGD(weights, lr=0.1, momentum=0.9, nesterov=True)
-    steps = [[torch.tensor([1.0, 2.0]), torch.tensor([4.0])], [torch.tensor([3.0, torch.inf]), torch.tensor([-4.0])]]
-    for number, references in enumerate(steps):
-        got = remember([r.bfloat16() for r in references], [optimizer.state[w] for w in weights], 0.5)
-        want = [[1, 2], [4]] if number == 0 else [[3.5, 1], [-2]]
-        assert [x.tolist() for x in got] == want and all(x.dtype is torch.float32 for x in got)
-        for weight in weights:
-            weight.grad = torch.ones_like(weight)
-        optimizer.step()  # leaves them alone
-    resumed = torch.optim.SGD(weights, lr=0.1, momentum=0.9, nesterov=True)
-    resumed.load_state_dict(optimizer.state_dict())  # a checkpoint of the optimizer holds them
-    states = [[o.state[weight] for weight in weights] for o in (optimizer, resumed)]
-    again = [remember([torch.ones(2), torch.ones(1)], of_optimizer, 0.5) for of_optimizer in states]
-    assert again[0][0].tolist() == again[1][0].tolist() == [2.75, 1.5]
+    p = torch.zeros(3)
+    remember(p, torch.tensor([1.0, 2.0, 4.0]), 0.5)
+    assert p.tolist() == [1, 2, 4]
+    remember(p, torch.tensor([3.0, torch.inf, torch.nan]), 0.5)  # what overflowed adds nothing
+    assert p.tolist() == [3.5, 1, 2]
+    remember(p, torch.tensor([1.0, -torch.inf, -4.0]), 0.5)
+    assert p.tolist() == [2.75, 0.5, -3]
+
+
+def test_parts_of_a_vector_have_the_layout_of_the_parameters():
+    conv = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    parameters = [*conv.parameters(), *torch.nn.Linear(2, 5).parameters()]
+    vector, parts = method("grad_proj").vector_of(parameters)
+    torch._foreach_copy_(parts, [w.detach() for w in parameters])
+    for part, w in zip(parts, parameters, strict=True):
+        assert torch.equal(part, w) and part.stride() == w.stride()
+    assert vector.sum().item() == pytest.approx(sum(w.sum().item() for w in parameters), abs=1e-5)
+    assert len(vector) == 108 + 4 + 10 + 5
 
 
 def test_projection_in_float32_and_without_a_reference():
-    project = method("grad_proj").project
-    half, _, _ = project([torch.ones(3, dtype=torch.bfloat16)], [-torch.ones(3, dtype=torch.bfloat16)], "global")
+    half, _, _ = projected([torch.ones(3, dtype=torch.bfloat16)], [-torch.ones(3, dtype=torch.bfloat16)], "global")
     assert half[0].dtype == torch.float32 and half[0].abs().max() == 0
-    same, cosine, share = project([torch.ones(3)], [torch.zeros(3)], "global")
+    same, cosine, share = projected([torch.ones(3)], [torch.zeros(3)], "global")
     assert torch.equal(same[0], torch.ones(3)) and cosine == 0 and share == 0
+
+
+@pytest.mark.parametrize("overflow", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_a_gradient_that_overflowed_has_a_finite_cosine_and_still_stops_the_scaler(scope, overflow):
+    gradients, references = [torch.tensor([1.0, overflow]), torch.ones(3)], [torch.ones(2), -torch.ones(3)]
+    got, cosine, share = projected(gradients, references, scope)
+    assert cosine == 0 and torch.isfinite(share), "one step that is skipped must not spoil an epoch's mean"
+    assert not got[0].isfinite().all(), "the GradScaler looks here, and skips the step"
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_projection_takes_few_operations(scope, resnet50):
+    """Not several for each of ResNet-50's 161 parameters: a GPU would wait for their starts."""
+    grad_proj, parameters = method("grad_proj"), list(resnet50.parameters())
+    (g, g_parts), (fresh, fresh_parts) = grad_proj.vector_of(parameters), grad_proj.vector_of(parameters)
+    p, gradients = torch.ones_like(g), [torch.randn_like(w) for w in parameters]
+    sizes = [len(g)] if scope == "global" else [w.numel() for w in parameters]
+    with CountOperations() as operations:
+        torch._foreach_copy_(g_parts, gradients)
+        torch._foreach_copy_(fresh_parts, gradients)
+        grad_proj.remember(p, fresh, 0.5)
+        grad_proj.project(g, p, sizes)
+    assert len(parameters) == 161 and operations.count <= (50 if scope == "global" else 250)
 
 
 @pytest.mark.parametrize("reference", ["lumped", "gap"])
@@ -230,8 +191,8 @@ def test_preservation_is_zero_at_the_source_and_feels_the_unseen_sink(reference)
     kept = preservation(sunk, logits, SEEN, reference)
     kept.backward()
     assert kept > 0.01 and (sunk.grad.sum(0)[~SEEN] < 0).all(), "raising the unseen logits lowers it"
-    if reference == "lumped":  # the same as ht_distill's
-        assert kept.item() == pytest.approx(loop_kl(sunk.detach(), logits, SEEN, "lumped"), abs=1e-6)
+    if reference == "lumped":
+        assert kept.item() == pytest.approx(loop_lumped_kl(sunk.detach(), logits, SEEN), abs=1e-6)
     else:
         gap, source_gap = (z[:, SEEN].mean() - z[:, ~SEEN].mean() for z in (sunk, logits))
         assert kept.item() == pytest.approx((gap - source_gap).square().item(), abs=1e-6)
@@ -256,6 +217,19 @@ def test_pull_is_the_gradient_of_its_penalty(name):
     method(name).pull_to(start, w, 0.7)
     for tensor, gradient in zip(w, want, strict=True):
         torch.testing.assert_close(tensor.grad, gradient)
+
+
+@pytest.mark.parametrize("name", ["l2_sp", "lp_ft"])
+def test_a_pull_takes_few_operations(name, resnet50):
+    parameters, start = list(resnet50.parameters()), [w.detach() + 1 for w in resnet50.parameters()]
+    for w in parameters:
+        w.grad = torch.zeros_like(w)
+    with CountOperations() as operations:
+        method(name).pull_to(iter(start), iter(parameters), 0.5)
+    assert operations.count <= 10
+    for w, w0 in zip(parameters, start, strict=True):
+        assert torch.equal(w.grad, 0.5 * (w.detach() - w0))
+    resnet50.zero_grad()
 
 
 # ---------------------------------------------------------------- lolsgd
@@ -313,7 +287,7 @@ def test_a_copy_trains_on_its_own_classes(run_method, monkeypatch):
 
 
 def test_one_copy_with_all_classes_is_sgd_that_forgets_its_momentum(run_method):
-    flags = ("--copies", "1", "--left-out", "0", "--tau", "2", "--ce", "all", "--steps-per-epoch", "4", "--name", "one")
+    flags = ("--copies", "1", "--left-out", "0", "--tau", "2", "--steps-per-epoch", "4", "--name", "one")
     names = run_method("lolsgd", *flags)[0]
     args, source, task = names["args"], names["source_model"], names["task"]
     model = copy.deepcopy(source)
@@ -330,6 +304,35 @@ def test_one_copy_with_all_classes_is_sgd_that_forgets_its_momentum(run_method):
         optimizer.step()
     for got, want in zip(names["model"].parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("ce, untouched", [("all", "none"), ("seen", "unseen"), ("subset", "unseen")])
+def test_only_masked_cross_entropy_leaves_the_unseen_rows_alone(run_method, ce, untouched):
+    """The paper's, over all C logits, is the default."""
+    flags = () if ce == "all" else ("--ce", ce)
+    flags += ("--weight-decay", "0", "--steps-per-epoch", "10", "--name", f"rows of {ce}")
+    names = run_method("lolsgd", *flags)[0]
+    seen = names["task"].seen
+    before, after = (names[model].head.weight for model in ("source_model", "model"))
+    moved = (before != after).any(1)
+    assert names["args"].ce == ce and moved[seen].all()
+    assert moved[~seen].all() if untouched == "none" else not moved[~seen].any()
+
+
+@pytest.mark.parametrize("steps, taken", [(3, 20), (15, 20), (32, 60)])
+def test_the_cosine_ends_with_the_last_round(run_method, monkeypatch, steps, taken):
+    """Rounds are whole and there is one at least; no step is past the end, where a cosine would rise again."""
+    rates, step = [], torch.optim.SGD.step
+
+    def noted(self, *args, **kwargs):
+        rates.append(self.param_groups[1]["lr"])  # the head's
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", noted)
+    names = run_method("lolsgd", "--steps-per-epoch", str(steps), "--name", f"cosine {steps}")[0]
+    want = [names["args"].lr * 0.5 * (1 + math.cos(math.pi * i / taken)) for i in range(taken)]
+    assert names["run"].steps == taken and rates[-taken:] == pytest.approx(want, abs=1e-9)
+    assert names["scheduler"].get_last_lr() == pytest.approx([0, 0], abs=1e-9)
 
 
 # ---------------------------------------------------------------- the others
@@ -367,6 +370,12 @@ def test_bn_adapt_needs_batchnorm(run_method, capsys):
     with pytest.raises(SystemExit) as stop:
         run_method("bn_adapt", "--arch", "lenet", "--name", "lenet")
     assert stop.value.code == 2 and "--arch lenet: has no BatchNorm" in capsys.readouterr().err
+
+
+def test_bn_stats_have_nothing_to_compile(run_method, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_method("bn_adapt", "--mode", "stats", "--compile", "--name", "compiled")
+    assert stop.value.code == 2 and "--compile: --mode stats has no training step" in capsys.readouterr().err
 
 
 def test_fit_head_finds_the_separating_head():
@@ -434,6 +443,7 @@ def test_interpolation_and_its_batchnorm_statistics():
     outputs = middle.backbone[0]((TwoBatches.images.flatten(0, 1) - 0.5) / 0.5)
     torch.testing.assert_close(middle.backbone[1].running_mean, outputs.mean((0, 2, 3)), atol=1e-5, rtol=1e-4)
     assert not middle.training and not middle.backbone[1].training
+    assert middle.backbone[1].momentum == 1 / 2, "None would give the same, but wait for the device in every layer"
     for share, end in ((0.0, a), (1.0, b)):
         kept = wise.interpolate(a, b, share).state_dict()
         assert all(torch.equal(kept[key], value) for key, value in end.state_dict().items())

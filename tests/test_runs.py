@@ -100,24 +100,31 @@ def test_every_method_goes_on_in_the_middle_of_an_epoch(method, flags, run_metho
     assert names["run"].steps == want[2][-1]["step"]
 
 
+class InterruptedTwice:
+    """The function, but the user presses Ctrl-C twice as its count-th call begins."""
+
+    def __init__(self, function, count):
+        self.function = function
+        self.calls_left = count
+
+    def __call__(self, *args, **kwargs):
+        self.calls_left -= 1
+        if self.calls_left == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return self.function(*args, **kwargs)
+
+
 def test_a_stop_in_an_evaluation_and_one_that_is_asked_for_twice(run_method, read, stop_at, capsys, monkeypatch):
     want = read(run_method("wise_ft", "--name", "whole")[1])
     flags = ("wise_ft", "--name", "stopped")
+    predict = models.predict
     # predict: epoch 0's test and training images, epochs 1 and 2, eleven points of the curve, then the result
     for count in (1, 3, 8, 1):
+        counted = InterruptedTwice(predict, count)
         with monkeypatch.context() as patch:
-            stop_at_once = functools.partial(os.kill, os.getpid(), signal.SIGINT)
-            predict, calls = models.predict, []
-
-            def interrupted(*args, predict=predict, calls=calls, count=count, stop=stop_at_once, **kwargs):
-                calls.append(1)
-                if len(calls) == count:
-                    stop()
-                    stop()
-                return predict(*args, **kwargs)
-
-            patch.setattr(models, "predict", interrupted)
-            patch.setattr(runs, "predict", interrupted)
+            patch.setattr(models, "predict", counted)
+            patch.setattr(runs, "predict", counted)
             stopped(lambda: run_method(*flags), 130)
         assert "stopped by SIGINT; the same command goes on" in capsys.readouterr().err
     assert same_result(read(run_method(*flags)[1]), want)

@@ -13,6 +13,7 @@ from conftest import ROOT
 NAIVE = (ROOT / "methods" / "naive_ft.py").read_text()
 SIBLINGS = sorted(path.stem for path in (ROOT / "methods").glob("*.py") if path.stem != "naive_ft")
 ARGS = "class Args(Training, data.TaskArgs, runs.RunArgs):"
+SCHEDULER = "scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * args.steps_per_epoch)"
 LOSS = "loss = F.cross_entropy(model(images), labels)"
 STEPS = "for step in range(run.steps, epoch * args.steps_per_epoch):"
 RESUME = "run.resume(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)"
@@ -29,10 +30,10 @@ MAY_REPLACE = {
         *UPDATE,
     ],
     "frozen_classifier": [],
-    "grad_proj": [ARGS, LOSS, "optimizer.zero_grad()", "scaler.scale(loss).backward()", COUNT],
-    "ht_distill": [ARGS, LOSS, "run.start(model)", "run.evaluate(epoch, model)"],
+    "grad_proj": [ARGS, LOSS, "optimizer.zero_grad()", "scaler.scale(loss).backward()", RESUME, COUNT],
+    "ht_distill": [ARGS, LOSS, RESUME],
     "l2_sp": [ARGS],
-    "lolsgd": [ARGS, LOSS, STEPS, RESUME, "images, labels = batches(step)", COUNT],
+    "lolsgd": [ARGS, SCHEDULER, LOSS, STEPS, RESUME, "images, labels = batches(step)", COUNT],
     "lp_ft": [ARGS],
     "masked_ft": [ARGS, LOSS],
     "wise_ft": [ARGS, "run.finish(model)"],
