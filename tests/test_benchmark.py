@@ -160,6 +160,14 @@ def test_latex(three_tasks, capsys):
     assert shown[5].endswith(r"2 seen & mean & worst \\") and shown[2] == f"% {benchmark.MARKS}"
 
 
+def test_pcv_is_a_mean_over_all_runs_or_none():
+    runs = {(k, "b", k, 0, 0): bare_run(overall) | {"pcv": {"overall": overall}} for k, overall in enumerate([60, 70])}
+    runs[2, "b", 2, 0, 0] = bare_run(None) | {"pcv": {"overall": None}}  # without test images of unseen classes
+    assert list(benchmark.values(runs, "pcv").values()) == [60, 70]
+    runs[3, "b", 3, 0, 0] = bare_run(80)
+    assert benchmark.values(runs, "pcv") == {} and list(benchmark.values(runs, "overall").values()) == [60, 70, 80]
+
+
 def test_runs_of_one_unit_are_averaged_first(tmp_path, capsys):
     for target, split, overall in (("w1", 0, 40), ("w1", 1, 44), ("w2", 0, 60), ("w2", 1, 64), ("w2", 2, 68)):
         fake_run(tmp_path / target, "naive_ft", split, overall, target=target)
