@@ -32,6 +32,7 @@ HERE = Path(__file__).resolve().parent
 METHODS = sorted(path.stem for path in (HERE / "methods").glob("*.py"))
 SEEDS = ("split_seed", "source_seed", "seed")
 SOURCE = "source model"
+MARKS = "*: defaults were tuned on this task, on other splits. -: not run, or no oracle was, so there is no mean."
 SHOWN = ("overall", "seen", "unseen", "unseen_among_unseen", "harmonic_mean", "ausuc")
 
 
@@ -181,8 +182,12 @@ class Report:
     """method that the others are compared with, split by split and seed by seed"""
     over_targets: bool = False
     """one table for all targets of a source, mean and interval over targets"""
-    format: Literal["md", "csv", "json"] = "md"
-    """of the table"""
+    over_tasks: bool = False
+    """one table of methods and tasks: the share of the gap from source model to oracle that each closed"""
+    tuned_on: tuple[str, ...] = ("digits:mnist:optdigits", "digits:optdigits:mnist", "glyphs:sans:serif")
+    """dataset:source:target of the tasks that --over-tasks marks with a *"""
+    format: Literal["md", "latex", "csv", "json"] = "md"
+    """of the table; latex: for the package booktabs"""
     figures: Path | None = None
     """folder for four figures of every task, each as PNG and PDF"""
 
@@ -248,7 +253,7 @@ def values(runs, name):
     else:
         column = {key: run["final"][name] for key, run in runs.items()}
     known = {key: figure for key, figure in column.items() if figure is not None}
-    return {} if name == "pcv" and len(known) < len(runs) else known
+    return {} if name == "pcv" and len(known) < len(values(runs, "overall")) else known
 
 
 def unit_means(column):
@@ -290,51 +295,96 @@ def rows_of(tasks, reference):
     rows = []
     for task, methods in tasks.items():
         baseline = values(methods.get(reference, {}), "overall")
-        oracles = sorted(method for method in methods if method.endswith("-oracle"))
-        oracle = methods[oracles[0]] if oracles else {}
+        oracle = next((methods[method] for method in sorted(methods) if method.endswith("-oracle")), {})
         for method, runs in with_source(methods).items():
             columns = {name: values(runs, name) for name in SHOWN}
             columns |= {f"{kind}_overall": values(runs, kind) for kind in CALIBRATED}
             overall = columns["overall"] if method != reference else {}
-            paired = {key: overall[key] - baseline[key] for key in overall if key in baseline}
-            columns[f"vs_{reference}"] = paired
+            columns[f"vs_{reference}"] = {key: overall[key] - baseline[key] for key in overall if key in baseline}
             row = {"task": task, "method": method, "runs": len(runs)}
             for name, column in columns.items():
                 row[name], row[f"{name}_pm"] = interval([*unit_means(column).values()])
             row["closed"], row["closed_pm"] = closed(runs, oracle)
             rows.append(row)
-    return sorted(rows, key=rank)
+    ranked = sorted([row for row in rows if row["overall"] is not None], key=lambda row: row["overall"])
+    unknown = sorted([row for row in rows if row["overall"] is None], key=lambda row: row["method"])
+    return sorted(ranked + unknown, key=lambda row: row["task"])
 
 
-def rank(row):
-    """Sorts rows by task and overall accuracy; the rows without it come last, by name."""
-    unknown = row["overall"] is None
-    return row["task"], unknown, row["method"] if unknown else row["overall"]
+def over_tasks(rows, tuned_on):
+    """A row per method: what it closed on every task, and its mean and worst over all; the methods without come last.
+
+    Tasks of the pairs dataset:source:target in tuned_on have a * behind their names.
+    """
+    for pair in tuned_on:
+        if pair.count(":") != 2:
+            raise InputError(f"--tuned-on {pair}: write dataset:source:target")
+    tuned = tuple("{} {} to {}, ".format(*pair.split(":")) for pair in tuned_on)
+    tasks = sorted({row["task"] for row in rows})
+    lines = {row["method"]: {"method": row["method"]} for row in rows if row["method"] != SOURCE}
+    for method, line in lines.items():
+        own = {row["task"]: row for row in rows if row["method"] == method}
+        for task in tasks:
+            name = task + "*" * task.startswith(tuned)
+            row = own.get(task, {})
+            line[name] = row.get("closed")
+            line[f"{name}_pm"] = row.get("closed_pm")
+        shares = [own[task]["closed"] for task in tasks if task in own]
+        whole = len(shares) == len(tasks) and None not in shares
+        line["mean"] = float(np.mean(shares)) if whole else None
+        line["worst"] = min(shares) if whole else None
+    ranked = [line for name, line in sorted(lines.items()) if not name.endswith("-oracle")]
+    return sorted(ranked, key=lambda line: np.inf if line["mean"] is None else line["mean"])
 
 
 def rounded(row):
     """Figures with their intervals in one cell, for people."""
-    cells = {"method": row["method"], "runs": str(row["runs"])}
-    for name in [name for name in row if f"{name}_pm" in row]:
-        value, width = row[name], row[f"{name}_pm"]
-        sign, digits = "+" * name.startswith("vs_"), ".3f" if name == "ausuc" else ".1f"
-        cell = "-" if value is None else format(value, sign + digits)
-        if width is not None:
-            cell += f" ± {width:{digits}}"
-        cells["U/U" if name == "unseen_among_unseen" else name.removesuffix("_overall")] = cell
+    cells = {}
+    for name, value in row.items():
+        if isinstance(value, (str, int)):
+            cells[name] = str(value)
+        elif not name.endswith("_pm"):
+            width = row.get(f"{name}_pm")
+            sign, digits = "+" * name.startswith("vs_"), ".3f" if name == "ausuc" else ".1f"
+            cell = "-" if value is None else format(value, sign + digits)
+            cell += "" if width is None else f" ± {width:{digits}}"
+            cells["U/U" if name == "unseen_among_unseen" else name.removesuffix("_overall")] = cell
+    cells.pop("task", None)
     return cells
 
 
+def latex(rows):
+    """Rows of texts as a LaTeX table, for the package booktabs."""
+    names = [name.replace("_", " ") for name in rows[0]]
+    lines = [rf"\begin{{tabular}}{{l{'r' * (len(names) - 1)}}}", r"\toprule", " & ".join(names) + r" \\", r"\midrule"]
+    for method, *cells in [row.values() for row in rows]:
+        figures = ["--" if cell == "-" else f"${cell}$".replace("±", r"\pm") for cell in cells]
+        lines.append(" & ".join([method.replace("_", r"\_"), *figures]) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])
+
+
+def show(title, rows, note, style):
+    """Print a table for people, with its title and a note, if any."""
+    rows = [rounded(row) for row in rows]
+    if style == "latex":
+        print(f"\n% {title}\n" + (f"% {note}\n" if note else "") + latex(rows))
+    else:
+        print(f"\n**{title}**\n\n{table(rows)}" + (f"\n\n{note}" if note else ""))
+
+
 def report(options):
-    """Print a table per task in Markdown, or one of all tasks as CSV or JSON; draw figures where they are wanted."""
+    """Print a table per task, or in CSV and JSON one of all tasks; draw figures where they are wanted."""
     tasks = collect(options.runs, options.over_targets)
     rows = rows_of(tasks, options.reference)
-    if options.format != "md":
-        print(table(rows, options.format))
+    lines = over_tasks(rows, options.tuned_on) if options.over_tasks else rows
+    if options.format in ("csv", "json"):
+        print(table(lines, options.format))
+    elif options.over_tasks:
+        show("closed, % of the gap from the source model to the oracle", lines, MARKS, options.format)
     for task, methods in tasks.items():
-        if options.format == "md":
-            note = footnote(run["final"] for runs in methods.values() for run in runs.values())
-            print(f"\n**{task}**\n\n{table([rounded(row) for row in rows if row['task'] == task])}{note}")
+        if options.format in ("md", "latex") and not options.over_tasks:
+            note = footnote(run["final"] for runs in methods.values() for run in runs.values()).strip()
+            show(task, [row for row in rows if row["task"] == task], note, options.format)
         if options.figures:
             draw_figures(task, methods, options)
 
@@ -343,10 +393,8 @@ def draw_figures(task, methods, options):
     """Draw the figures of a task, of the runs with test images of seen and of unseen classes."""
     from results.figures import draw  # with matplotlib, which a table does without
 
-    drawn = {}
-    for method, runs in methods.items():
-        whole = {key: run for key, run in runs.items() if run["final"]["overall"] is not None}
-        drawn |= {method: whole} if whole else {}
+    drawn = {method: {key: runs[key] for key in values(runs, "overall")} for method, runs in methods.items()}
+    drawn = {method: runs for method, runs in drawn.items() if runs}
     if not drawn:
         print(f"{task}: no figures, since no run has test images of seen and of unseen classes")
         return

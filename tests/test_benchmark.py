@@ -99,6 +99,75 @@ def test_the_report_has_what_no_bias_can_change(tmp_path, capsys):
     assert header[3:8] == ["overall", "seen", "unseen", "U/U", "harmonic mean"] and header[-2] == "closed"
 
 
+@pytest.fixture
+def three_tasks(tmp_path):
+    """Runs whose source model has 50 and whose oracle 90 or 100, on three tasks, one of them without my_way."""
+    tasks = {
+        ("digits", "mnist"): {"naive_ft": (60, 70), "my_way": (80, 80), "naive_ft-oracle": (90, 90)},
+        ("digits", "usps"): {"naive_ft": (40, 40), "my_way": (75, 75), "half": (75, 75), "naive_ft-oracle": (100, 100)},
+        ("d", "a"): {"naive_ft": (70, 70), "my_way": (60, 60), "naive_ft-oracle": (90, 90)},
+    }
+    for (dataset, source), methods in tasks.items():
+        for method, column in methods.items():
+            for k, overall in enumerate(column):
+                own = {"dataset": dataset, "source": source, "target": "optdigits"}
+                fake_run(tmp_path / dataset / source, method, k, overall, **own)
+    return tmp_path
+
+
+def test_over_tasks_by_hand(three_tasks, capsys):
+    names = ["d a to optdigits, 2 seen", "digits mnist to optdigits, 2 seen*", "digits usps to optdigits, 2 seen"]
+
+    def shown(style, **options):
+        benchmark.report(benchmark.Report((three_tasks,), over_tasks=True, format=style, **options))
+        return capsys.readouterr().out
+
+    naive, mine, half = json.loads(shown("json"))
+    assert [row["method"] for row in (naive, mine, half)] == ["naive_ft", "my_way", "half"]
+    assert [naive[name] for name in names] == pytest.approx([50, 100 * 15 / 40, -20])
+    assert [mine[name] for name in names] == pytest.approx([25, 75, 50])
+    assert (naive["mean"], naive["worst"]) == (pytest.approx(67.5 / 3), pytest.approx(-20))
+    assert (mine["mean"], mine["worst"]) == (pytest.approx(50), pytest.approx(25))
+    # jackknife: without either split the share is 25 or 50
+    assert naive[f"{names[1]}_pm"] == pytest.approx(12.7062 * np.sqrt(1 / 2 * 2 * 12.5**2), rel=1e-4)
+    assert [half[name] for name in (*names, "mean", "worst")] == [None, None, pytest.approx(50), None, None]
+    csv = shown("csv").splitlines()
+    assert csv[0].startswith('method,"d a to optdigits, 2 seen","d a to optdigits, 2 seen_pm",') and len(csv) == 4
+    lines = shown("md").splitlines()
+    assert [cell.strip() for cell in lines[3].split("|")[1:-1]] == ["method", *names, "mean", "worst"]
+    assert [cell.strip() for cell in lines[6].split("|")[1:-1]] == [
+        "my_way", "25.0 ± 0.0", "75.0 ± 0.0", "50.0 ± 0.0", "50.0", "25.0"
+    ]  # fmt: skip
+    assert lines[-1] == benchmark.MARKS
+    assert "seen* |" not in shown("md", tuned_on=()) and "usps to optdigits, 2 seen* |" in shown(
+        "md", tuned_on=("digits:usps:optdigits",)
+    )
+    with pytest.raises(InputError, match="--tuned-on digits: write dataset:source:target"):
+        shown("md", tuned_on=("digits",))
+
+
+def test_latex(three_tasks, capsys):
+    benchmark.report(benchmark.Report((three_tasks / "d",), format="latex"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "% d a to optdigits, 2 seen"
+    assert lines[2] == r"\begin{tabular}{l" + "r" * 13 + "}" and lines[-2:] == [r"\bottomrule", r"\end{tabular}"]
+    rows = [line.removesuffix(r" \\").split(" & ") for line in lines[6:-2]]
+    assert [row[0] for row in rows] == ["source model", r"my\_way", r"naive\_ft", r"naive\_ft-oracle"]
+    assert rows[1][1:3] == ["$2$", r"$60.0 \pm 0.0$"] and rows[2][-2:] == ["--", r"$50.0 \pm 0.0$"]
+    assert "_" not in "".join(lines).replace(r"\_", "") and {len(row) for row in rows} == {14}
+    benchmark.report(benchmark.Report((three_tasks,), format="latex", over_tasks=True))
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[5].endswith(r"2 seen & mean & worst \\") and shown[2] == f"% {benchmark.MARKS}"
+
+
+def test_pcv_is_a_mean_over_all_runs_or_none():
+    runs = {(k, "b", k, 0, 0): bare_run(overall) | {"pcv": {"overall": overall}} for k, overall in enumerate([60, 70])}
+    runs[2, "b", 2, 0, 0] = bare_run(None) | {"pcv": {"overall": None}}  # without test images of unseen classes
+    assert list(benchmark.values(runs, "pcv").values()) == [60, 70]
+    runs[3, "b", 3, 0, 0] = bare_run(80)
+    assert benchmark.values(runs, "pcv") == {} and list(benchmark.values(runs, "overall").values()) == [60, 70, 80]
+
+
 def test_runs_of_one_unit_are_averaged_first(tmp_path, capsys):
     for target, split, overall in (("w1", 0, 40), ("w1", 1, 44), ("w2", 0, 60), ("w2", 1, 64), ("w2", 2, 68)):
         fake_run(tmp_path / target, "naive_ft", split, overall, target=target)

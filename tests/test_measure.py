@@ -42,6 +42,36 @@ def test_traffic_is_every_tensor_in_and_out_once():
     assert traffic.bytes == 4 * 21
 
 
+def test_peak_memory_is_of_the_steps_alone(monkeypatch):
+    """With an allocator that stands in for the device's: 1.35 GB were there before, a step takes 5 MB."""
+    peak = [1.35e9]
+
+    def update(batch):
+        peak[0] = max(peak[0], 5e6)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peak.__setitem__(0, 0.0))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak[0])
+    reading, whole, memory = limits.step_figures(torch.device("cuda"), lambda step: (step,), update, 3)
+    assert memory == 5 and len(reading) == len(whole) == 3 and (whole > reading).all()
+    assert limits.step_figures(torch.device("cpu"), lambda step: (step,), update, 3)[2] is None
+
+
+def test_the_limits_of_this_device(tmp_path):
+    measure.draw_photos(tmp_path, 20, side=40)
+    figures = limits.device_limits("resnet18", tmp_path, "cpu", 4, 2)
+    assert len(figures) == 3 and all(len(values) == 2 and min(values) > 0 for values in figures.values())
+
+
+def test_steps_are_as_many_as_the_device_needs():
+    for device, steps in (("cpu", (60, 6)), ("cuda", (1000, 100))):
+        options = measure.with_steps(measure.Speed(device=device))
+        assert (options.steps, options.photo_steps) == steps
+        options = measure.with_steps(measure.Speed(device=device, steps=5, photo_steps=2))
+        assert (options.steps, options.photo_steps) == (5, 2)
+
+
 def test_a_command_is_timed_and_its_failure_told():
     program = "import time; print('a'); x = b'x' * 200_000_000; print(len(x)); time.sleep(0.2)"
     lines, seconds, memory = measure.timed(["-c", program])

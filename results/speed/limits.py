@@ -46,6 +46,24 @@ def throughput_and_bandwidth(device, dtype):
     return 2 * side**3 / product, 2 * size / copy
 
 
+def step_figures(device, batches, update, rounds):
+    """(Seconds of reading a batch [rounds], of the whole step [rounds], peak memory in MB).
+
+    The memory is the device's, of these steps alone, whatever was there before; None on a CPU.
+    """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    times = []
+    for step in range(1, rounds + 1):
+        reading, batch = seconds_of(device, batches, step)
+        updating, _ = seconds_of(device, update, *batch)
+        times.append((reading, reading + updating))
+    reading, whole = np.transpose(times)
+    peak = torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else None
+    return reading, whole, peak
+
+
 def device_limits(arch, root, device, batch_size, rounds):
     """{what: figures of all rounds} of a training step on the photographs in `root`.
 
@@ -69,12 +87,7 @@ def device_limits(arch, root, device, batch_size, rounds):
     with FlopCounterMode(display=False) as flops, Traffic() as traffic:
         update(*batches(0))
     throughput, bandwidth = throughput_and_bandwidth(device, amp or torch.float32)
-    times = []
-    for step in range(1, rounds + 1):
-        reading, batch = seconds_of(device, batches, step)
-        updating, _ = seconds_of(device, update, *batch)
-        times.append((reading, reading + updating))
-    reading, whole = np.transpose(times)
+    reading, whole, peak = step_figures(device, batches, update, rounds)
     flop_share = flops.get_total_flops() / whole / throughput
     byte_share = traffic.bytes / whole / bandwidth
     shares = {
@@ -82,6 +95,6 @@ def device_limits(arch, root, device, batch_size, rounds):
         f"of {throughput / 1e12:.3g} TFLOP/s in a matrix product, %": 100 * flop_share,
         f"of {bandwidth / 1e9:.3g} GB/s in a copy, % (all tensors in and out; caches help)": 100 * byte_share,
     }
-    if device.type == "cuda":
-        shares["peak device memory, MB"] = [torch.cuda.max_memory_allocated() / 1e6]
+    if peak is not None:
+        shares["peak device memory of a step, MB"] = [peak]
     return {f"{arch}: {what}": figures for what, figures in shares.items()}

@@ -15,10 +15,10 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -47,13 +47,13 @@ class Speed:
     """scripts by name, each with flags of its own if quoted"""
     rounds: int = 5
     """how often everything is measured; the medians count"""
-    steps: int = 60
+    steps: Annotated[int | None, data.default("INT", "60, on a GPU 1000")] = None
     """training steps of the small CNN per measurement, after a first epoch of as many that does not count"""
     archs: tuple[str, ...] = ("resnet50",)
     """networks for photographs"""
     photos: int = 160
     """training images of 300x300 pixels, drawn; half as many to test on"""
-    photo_steps: int = 6
+    photo_steps: Annotated[int | None, data.default("INT", "6, on a GPU 100")] = None
     """training steps on them per measurement, after a first epoch of as many that does not count"""
     batch_size: int = 32
     """photographs per step"""
@@ -238,8 +238,15 @@ def against_plain_loop(what, arch, root, common, flags, options, folder):
     return rows
 
 
+def with_steps(options):
+    """The options with numbers of steps, where none are given, that take the device some seconds."""
+    steps, photo_steps = (1000, 100) if options.device == "cuda" else (60, 6)
+    return replace(options, steps=options.steps or steps, photo_steps=options.photo_steps or photo_steps)
+
+
 def measure_speed(options):
     """Print the table and write it to options.out."""
+    options = with_steps(options)
     with TemporaryDirectory() as folder:
         rows = step_costs(options, folder) + whole_runs(options, folder)
         for arch in options.archs:
