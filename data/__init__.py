@@ -39,20 +39,8 @@ from .office_home import OFFICE_HOME
 from .splits import pseudo_task, split_domain
 from .vtab import VTAB
 
-__all__ = ["DATASETS", "LEAST", "MOST", "Batches", "Images", "Split", "Task", "TaskArgs", "by_recipe", "change_colours"]
-__all__ += [
-    "check_flag",
-    "crop_resize",
-    "default",
-    "digits",
-    "generator",
-    "glyphs",
-    "load_task",
-    "pseudo_task",
-    "random_affine",
-    "random_photo",
-]
-__all__ += ["targets"]
+__all__ = ["LEAST", "MOST", "Batches", "TaskArgs", "by_recipe", "change_colours", "check_flag", "crop_resize"]
+__all__ += ["default", "digits", "generator", "glyphs", "random_affine", "random_photo"]
 
 DATASETS = {
     "digits": DIGITS,

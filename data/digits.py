@@ -30,12 +30,10 @@ def digits(domain, root=None):
 SMALL_RECIPE = {"arch": "small_cnn", "epochs": 20, "steps_per_epoch": 15, "batch_size": 64}
 SMALL_RECIPE |= {"lr": 0.005, "backbone_lr": 0.005, "clip_grad": 5.0}
 SMALL_SOURCE = {"steps": 700, "batch_size": 64, "lr": 0.05, "backbone_lr": 0.05}
-INK = {"degrees": 15.0, "scale": 0.15, "shift": 0.08, "shear": 0.15}
-
-DIGITS = {
-    "load": digits,
-    "domains": ("mnist", "optdigits"),
-    "augmentation": INK,
+CHARACTERS = {  # what the entries of these data sets have in common
+    "augmentation": {"degrees": 15.0, "scale": 0.15, "shift": 0.08, "shear": 0.15},
     "recipe": SMALL_RECIPE,
     "source_recipe": SMALL_SOURCE,
 }
+
+DIGITS = {**CHARACTERS, "load": digits, "domains": ("mnist", "optdigits")}

@@ -5,7 +5,7 @@ import numpy as np
 from files import InputError
 
 from .download import fetch, unpack
-from .folder import PHOTO, PHOTO_RECIPE, PHOTO_SOURCE, named, need, read_list
+from .folder import PHOTOGRAPHS, named, need, read_list
 
 BASE = "http://csr.bu.edu/ftp/visda/2019/multi-source/"
 # where each zip lies, and its size in GB; those of clipart and painting outside groundtruth/ lack files of the lists
@@ -64,11 +64,9 @@ def download(domain, root):
 
 
 DOMAINNET = {
+    **PHOTOGRAPHS,
     "load": domainnet,
     "domains": ("real", "clipart", "infograph", "painting", "quickdraw", "sketch"),
     "download": download,
     "about": ABOUT,
-    "augmentation": PHOTO,
-    "recipe": PHOTO_RECIPE,
-    "source_recipe": PHOTO_SOURCE,
 }

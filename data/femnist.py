@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from files import InputError, read_checkpoint, write_checkpoint
 
-from .digits import INK, SMALL_RECIPE, SMALL_SOURCE
+from .digits import CHARACTERS, SMALL_RECIPE, SMALL_SOURCE
 from .folder import Domain, need
 
 TARGETS = 10
@@ -54,19 +54,18 @@ def read_writers(root, paths):
     parts = [part for path in tqdm(paths, desc="reading femnist", unit="file") for part in read_json(path)]
     if not parts:
         raise InputError(f"{root}: its .json files hold no image")
-    keys = {}
-    for part, (writer, images, _, _) in enumerate(parts):  # dict: the first of equal images stays, and the order
-        for i, image in enumerate(images):
-            keys.setdefault((writer, hashlib.blake2b(image.tobytes()).digest()), (part, i))
-    kept = [[] for _ in parts]
-    for part, i in keys.values():
-        kept[part].append(i)
-    sizes = list(map(len, kept))
+    names, images, labels, test = zip(*parts, strict=True)
+    sizes = [len(part) for part in labels]
+    images, names = np.concatenate(images), np.repeat(names, sizes).tolist()
+    first = {}  # of equal images of a writer the first stays
+    for i, (writer, image) in enumerate(zip(names, images, strict=True)):
+        first.setdefault((writer, hashlib.blake2b(image.tobytes()).digest()), i)
+    kept = list(first.values())
     return {
-        "images": torch.from_numpy(np.concatenate([part[1][i] for part, i in zip(parts, kept, strict=True)])),
-        "labels": torch.from_numpy(np.concatenate([part[2][i] for part, i in zip(parts, kept, strict=True)])),
-        "writers": np.repeat([part[0] for part in parts], sizes).tolist(),
-        "test": torch.from_numpy(np.repeat([part[3] for part in parts], sizes)),
+        "images": torch.from_numpy(images[kept]),
+        "labels": torch.from_numpy(np.concatenate(labels)[kept]),
+        "writers": [names[i] for i in kept],
+        "test": torch.from_numpy(np.repeat(test, sizes)[kept]),
     }
 
 
@@ -111,12 +110,12 @@ def femnist(domain, root):
 
 
 FEMNIST = {
+    **CHARACTERS,
     "load": femnist,
     "domains": domains,
     "only_source": "train",
     "seen": "data",
     "about": ABOUT,
-    "augmentation": INK,
     "recipe": {**SMALL_RECIPE, "arch": "lenet"},
     "source_recipe": {**SMALL_SOURCE, "steps": 10000},
 }

@@ -14,7 +14,11 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 PHOTO_RECIPE = {"arch": "resnet50", "epochs": 20, "steps_per_epoch": 500, "batch_size": 64}
 PHOTO_RECIPE |= {"lr": 0.001, "backbone_lr": 0.0001, "clip_grad": float("inf"), "image_size": 224}
 PHOTO_SOURCE = {"steps": 10000, "batch_size": 64, "lr": 0.01, "backbone_lr": 0.001}
-PHOTO = {"crop": 0.7, "jitter": 0.3, "gray": 0.1}
+PHOTOGRAPHS = {  # what the entries of these data sets have in common
+    "augmentation": {"crop": 0.7, "jitter": 0.3, "gray": 0.1},
+    "recipe": PHOTO_RECIPE,
+    "source_recipe": PHOTO_SOURCE,
+}
 
 
 class Domain(NamedTuple):
@@ -113,12 +117,4 @@ def folder(domain, root):
     return named(*class_tree(root, domain))
 
 
-FOLDER = {
-    "load": folder,
-    "domains": domains,
-    "seen": "data",
-    "about": ABOUT,
-    "augmentation": PHOTO,
-    "recipe": PHOTO_RECIPE,
-    "source_recipe": PHOTO_SOURCE,
-}
+FOLDER = {**PHOTOGRAPHS, "load": folder, "domains": domains, "seen": "data", "about": ABOUT}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .digits import INK, SMALL_RECIPE, SMALL_SOURCE
+from .digits import CHARACTERS, SMALL_SOURCE
 
 
 def glyphs(domain, root=None, per_class=40):
@@ -40,9 +40,8 @@ def glyphs(domain, root=None, per_class=40):
 
 
 GLYPHS = {
+    **CHARACTERS,
     "load": glyphs,
     "domains": ("sans", "serif", "mono", "stix"),
-    "augmentation": INK,
-    "recipe": SMALL_RECIPE,
     "source_recipe": {**SMALL_SOURCE, "steps": 1000},
 }

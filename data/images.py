@@ -39,13 +39,13 @@ class Images:
     """uint8 images [N, 3, S, S] that stay in the cache file until they are asked for.
 
     images[index] for an int64 tensor, a slice or an int gives a uint8 tensor, channels-last; len, shape and
-    split(n) are those of a tensor; subset(index) are the images of an int64 array, still in the file. sums: {row in
-    the file: checksum}, verified when the image is first read. Raises InputError if it is wrong.
+    split(n) are those of a tensor; subset(index) are the images of an int64 array, still in the file. sums: a checksum
+    for each row of the file, uint32, verified when the image is first read. Raises InputError if it is wrong.
     """
 
     def __init__(self, pixels, index, key, sums=None):
         self.pixels, self.index, self.key = pixels, index, key
-        self.sums = {} if sums is None else sums
+        self.sums = np.zeros(len(pixels), np.uint32) if sums is None else sums  # 0: verified
 
     def __len__(self):
         return len(self.index)
@@ -58,12 +58,13 @@ class Images:
         if isinstance(index, torch.Tensor):
             index = index.numpy()
         rows = self.index[index]
-        batch = np.asarray(self.pixels)[np.atleast_1d(rows)]
-        for row, image in zip(np.atleast_1d(rows).tolist(), batch, strict=True):
-            wanted = self.sums.get(row)
-            if wanted is not None and wanted != checksum(image):
-                raise InputError(f"{self.pixels.filename}: image {row} is not as it was written; delete the file")
-            self.sums.pop(row, None)  # another thread may have read it too
+        places = np.atleast_1d(rows)
+        batch = np.asarray(self.pixels)[places]
+        wanted = self.sums[places]
+        for i in np.flatnonzero(wanted):
+            if wanted[i] != checksum(batch[i]):
+                raise InputError(f"{self.pixels.filename}: image {places[i]} is not as it was written; delete the file")
+        self.sums[places] = 0
         if hasattr(mmap, "MADV_DONTNEED"):  # give the mapped pages back: they stay in the system's cache, not in ours
             self.pixels.base.madvise(mmap.MADV_DONTNEED)
         batch = torch.from_numpy(batch).movedim(3, 1)
@@ -110,7 +111,7 @@ def open_images(name, root, files, size, cache, skip_bad=False, fit="squash"):
     pixels = read_array(path, (len(files), size, size, 3), np.uint8, "r")
     sums = read_array(path.with_suffix(".sums.npy"), (len(files),), np.uint32, None)
     good = good_files(sums, path.with_suffix(".bad.txt"), name, root, skip_bad)
-    return Images(pixels, good, key, dict(enumerate(sums.tolist()))), good
+    return Images(pixels, good, key, sums), good
 
 
 def good_files(sums, report, name, root, skip_bad):

@@ -5,7 +5,7 @@ images, the target the validation images. So what changes is the set of classes 
 """
 
 from .download import fetch, unpack
-from .folder import PHOTO, PHOTO_RECIPE, PHOTO_SOURCE, class_tree, named, need
+from .folder import PHOTOGRAPHS, class_tree, named, need
 
 URL = "https://ml-inat-competition-datasets.s3.amazonaws.com/2021/"
 ARCHIVES = {
@@ -46,11 +46,9 @@ def download(domain, root):
 
 
 INAT_FUNGI = {
+    **PHOTOGRAPHS,
     "load": inat_fungi,
     "domains": ("train_mini", "valid"),
     "download": download,
     "about": ABOUT,
-    "augmentation": PHOTO,
-    "recipe": PHOTO_RECIPE,
-    "source_recipe": PHOTO_SOURCE,
 }

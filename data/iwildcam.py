@@ -8,7 +8,7 @@ import numpy as np
 
 from files import InputError
 
-from .folder import PHOTO, PHOTO_RECIPE, PHOTO_SOURCE, Domain, need
+from .folder import PHOTOGRAPHS, Domain, need
 
 TARGETS = 21
 ABOUT = """
@@ -93,12 +93,10 @@ def iwildcam(domain, root):
 
 
 IWILDCAM = {
+    **PHOTOGRAPHS,
     "load": iwildcam,
     "domains": domains,
     "only_source": "train",
     "seen": "data",
     "about": ABOUT,
-    "augmentation": PHOTO,
-    "recipe": PHOTO_RECIPE,
-    "source_recipe": PHOTO_SOURCE,
 }

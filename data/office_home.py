@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .folder import PHOTO, PHOTO_RECIPE, PHOTO_SOURCE, class_tree, named, need, read_list
+from .folder import PHOTOGRAPHS, class_tree, named, need, read_list
 
 ABOUT = """
 Office-Home (15,588 images, 1.2 GB): https://www.hemanthdv.org/officeHomeDataset.html (by hand: there is no stable
@@ -39,12 +39,10 @@ def office_home(domain, root):
 
 
 OFFICE_HOME = {
+    **PHOTOGRAPHS,
     "load": office_home,
     "domains": ("Art", "Clipart", "Product", "Real_World"),
     "seen": "paper",
     "paper": PAPER,
     "about": ABOUT,
-    "augmentation": PHOTO,
-    "recipe": PHOTO_RECIPE,
-    "source_recipe": PHOTO_SOURCE,
 }

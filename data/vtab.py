@@ -7,7 +7,7 @@ import numpy as np
 from files import InputError
 
 from .download import fetch, unpack
-from .folder import PHOTO, PHOTO_RECIPE, Domain, class_tree, entries, folders, named, need
+from .folder import PHOTO_RECIPE, PHOTOGRAPHS, Domain, class_tree, entries, folders, named, need
 
 # Which splits the paper takes is not known to us. Published ones here: cifar100, dtd (its first), flowers102 and pets,
 # training and validation images together. Ours, 7:3 within each class by --split-seed: caltech101, eurosat, sun397 and
@@ -23,56 +23,42 @@ PROMPTS = {
     "sun397": "a photo of a {}.",
     "resisc45": "satellite imagery of {}.",
 }
+PLACES = {  # where torchvision puts the images
+    "cifar100": "cifar-100-python",
+    "caltech101": "caltech101/101_ObjectCategories",
+    "dtd": "dtd/dtd",
+    "eurosat": "eurosat/2750",
+    "flowers102": "flowers-102/jpg",
+    "pets": "oxford-iiit-pet/images",
+    "sun397": "SUN397",
+    "resisc45": "resisc45",
+}
 ROBOTS = "https://www.robots.ox.ac.uk/~vgg/data/"
 FLOWERS, PETS = f"{ROBOTS}flowers/102/", f"{ROBOTS}pets/data/"
+CIFAR = "https://www.cs.toronto.edu/~kriz/"
+CALTECH = "https://data.caltech.edu/records/mzrjq-6wc02/files/"
 EUROSAT = "https://huggingface.co/datasets/torchgeo/eurosat/resolve/c877bcd43f099cd0196738f714544e355477f3fd/"
-# set: what must be there, then (address, md5, where it is unpacked or put, what it leaves there) for --download
-SOURCES = {
-    "cifar100": (
-        "cifar-100-python",
-        (
-            "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
-            "eb9058c3a382ffc7106e4002c42a8d85",
-            ".",
-            "cifar-100-python",
-        ),
-    ),
-    "caltech101": (
-        "caltech101/101_ObjectCategories",
-        (
-            "https://data.caltech.edu/records/mzrjq-6wc02/files/caltech-101.zip",
-            "3138e1922a9193bfa496528edbbc45d0",
-            "caltech101",
-            "caltech-101",
-        ),
-    ),
-    "dtd": ("dtd/dtd", (f"{ROBOTS}dtd/download/dtd-r1.0.1.tar.gz", "fff73e5086ae6bdbea199a49dfb8a4c1", "dtd", "dtd")),
-    "eurosat": ("eurosat/2750", (f"{EUROSAT}EuroSAT.zip", "c8fa014336c82ac7804f0398fcb19387", "eurosat", "2750")),
-    "flowers102": (
-        "flowers-102/jpg",
-        (f"{FLOWERS}imagelabels.mat", "e0620be6f572b9609742df49c70aed4d", "flowers-102", "imagelabels.mat"),
-        (f"{FLOWERS}setid.mat", "a5357ecc9cb78c4bef273ce3793fc85c", "flowers-102", "setid.mat"),
-        (f"{FLOWERS}102flowers.tgz", "52808999861908f626f3c1f4e79d11fa", "flowers-102", "jpg"),
-    ),
-    "pets": (
-        "oxford-iiit-pet/images",
-        (f"{PETS}annotations.tar.gz", "95a8c909bbe2e81eed6a22bccdf3f68f", "oxford-iiit-pet", "annotations"),
-        (f"{PETS}images.tar.gz", "5c4f3ee8e5d25df40f4fd59a7f44e54c", "oxford-iiit-pet", "images"),
-    ),
-    "sun397": (
-        "SUN397",
-        (
-            "http://vision.princeton.edu/projects/2010/SUN/SUN397.tar.gz",
-            "8ca2778205c41d23104230ba66911c7a",
-            ".",
-            "SUN397",
-        ),
-    ),
-    "resisc45": ("resisc45",),
+SUN = "http://vision.princeton.edu/projects/2010/SUN/"
+ARCHIVES = {  # for --download: address, md5, what it becomes
+    "cifar100": [(f"{CIFAR}cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85", "cifar-100-python")],
+    "caltech101": [(f"{CALTECH}caltech-101.zip", "3138e1922a9193bfa496528edbbc45d0", "caltech101/caltech-101")],
+    "dtd": [(f"{ROBOTS}dtd/download/dtd-r1.0.1.tar.gz", "fff73e5086ae6bdbea199a49dfb8a4c1", "dtd/dtd")],
+    "eurosat": [(f"{EUROSAT}EuroSAT.zip", "c8fa014336c82ac7804f0398fcb19387", "eurosat/2750")],
+    "flowers102": [
+        (f"{FLOWERS}imagelabels.mat", "e0620be6f572b9609742df49c70aed4d", "flowers-102/imagelabels.mat"),
+        (f"{FLOWERS}setid.mat", "a5357ecc9cb78c4bef273ce3793fc85c", "flowers-102/setid.mat"),
+        (f"{FLOWERS}102flowers.tgz", "52808999861908f626f3c1f4e79d11fa", "flowers-102/jpg"),
+    ],
+    "pets": [
+        (f"{PETS}annotations.tar.gz", "95a8c909bbe2e81eed6a22bccdf3f68f", "oxford-iiit-pet/annotations"),
+        (f"{PETS}images.tar.gz", "5c4f3ee8e5d25df40f4fd59a7f44e54c", "oxford-iiit-pet/images"),
+    ],
+    "sun397": [(f"{SUN}SUN397.tar.gz", "8ca2778205c41d23104230ba66911c7a", "SUN397")],
 }
+ADDRESSES = {name: archives[-1][0] for name, archives in ARCHIVES.items()}
 ABOUT = f"""
 VTAB's sets lie below --data-root in vtab/, each as torchvision unpacks it:
-{chr(10).join(f"    vtab/{place[0]:32} {place[-1][0] if len(place) > 1 else ''}" for place in SOURCES.values())}
+{chr(10).join(f"    vtab/{place:32} {ADDRESSES.get(name, '')}" for name, place in PLACES.items())}
 --download fetches and unpacks the target's. RESISC45 has no stable address: https://gcheng-nwpu.github.io, then
 vtab/resisc45/CLASS/*.jpg. Largest: sun397, 37 GB.
 """
@@ -159,51 +145,45 @@ def resisc45(root):
     return named(*class_tree(root, below))
 
 
-LOADERS = {
-    "cifar100": cifar100,
-    "caltech101": caltech101,
-    "dtd": dtd,
-    "eurosat": eurosat,
-    "flowers102": flowers102,
-    "pets": pets,
-    "sun397": sun397,
-    "resisc45": resisc45,
-}
+FUNCTIONS = (cifar100, caltech101, dtd, eurosat, flowers102, pets, sun397, resisc45)
+LOADERS = {function.__name__: function for function in FUNCTIONS}
 
 
 def vtab(domain, root):
     """The set's images, in its published split where it has one (else 7:3 by --split-seed); None for clip."""
     if domain == "clip":
         return None
-    need(root / SOURCES[domain][0], ABOUT)
+    need(root / PLACES[domain], ABOUT)
     try:
         return LOADERS[domain](root)
     except OSError as error:
-        raise InputError(f"{error}: vtab/{SOURCES[domain][0]} is not as published\n\n{ABOUT.strip()}") from error
+        raise InputError(f"{error}: vtab/{PLACES[domain]} is not as published\n\n{ABOUT.strip()}") from error
 
 
 def download(domain, root):
-    if domain == "clip" or (root / SOURCES[domain][0]).exists():
+    """Fetch and unpack the set's archives, unless what they become is there."""
+    if domain == "clip" or (root / PLACES[domain]).exists():
         return
-    if len(SOURCES[domain]) < 2:
+    if domain not in ARCHIVES:
         raise InputError(f"--download: {domain} has no stable address\n\n{ABOUT.strip()}")
-    for url, md5, below, leaves in SOURCES[domain][1:]:
-        path = root / below / url.rpartition("/")[2]
-        if not (root / below / leaves).exists():
-            fetch(url, path, md5)
-            if path.name != leaves:
-                unpack(path, root / below)
+    for url, md5, place in ARCHIVES[domain]:
+        path, below = root / place, (root / place).parent
+        if not path.exists():
+            archive = below / url.rpartition("/")[2]
+            fetch(url, archive, md5)
+            if archive != path:
+                unpack(archive, below)
     if domain == "caltech101":  # an archive in an archive
         unpack(root / "caltech101/caltech-101/101_ObjectCategories.tar.gz", root / "caltech101")
 
 
 VTAB = {
+    **PHOTOGRAPHS,
     "load": vtab,
     "domains": ("clip", *PROMPTS),
     "only_source": "clip",
     "download": download,
     "about": ABOUT,
-    "augmentation": PHOTO,
     "recipe": {**PHOTO_RECIPE, "arch": "clip:ViT-B-32-quickgelu", "backbone_lr": 1e-5},
     "source_recipe": {},
     "prompts": PROMPTS,
