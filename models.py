@@ -281,9 +281,12 @@ def autocast_dtype(device):
 
 
 def tune_process():
-    """Set, for this process, what makes training fast: TF32 for what stays float32 on CUDA, and glibc's memory. glibc
-    is asked to keep what a step frees for the next one, up to blocks of 32 MB; its default hands most of it back to the
-    system, which clears and maps it anew at every step."""
+    """Set, for this process, what makes training fast: TF32 on CUDA, and glibc's memory.
+
+    TF32 multiplies with 10 of the 23 bits of float32. On CUDA --amp off is TF32 everywhere, unless the environment has
+    NVIDIA_TF32_OVERRIDE=0. glibc is asked to keep what a step frees for the next one, up to blocks of 32 MB; its
+    default hands most of it back to the system, which clears and maps it anew at every step.
+    """
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
     with contextlib.suppress(OSError, AttributeError, TypeError):
@@ -345,10 +348,13 @@ def train_source(model, task, seed, checkpoint, steps, batch_size, lr, backbone_
     print(f"source model: {100 * correct.mean():.2f} % on {len(correct)} test images of {task.source}")
 
 
-def source_key(task, arch, weights, seed, amp):
-    """A name for all that determines a source model."""
+def source_key(task, arch, weights, seed, device, amp):
+    """A name for all that determines a source model, but for its last bits: those depend on the machine, and on CUDA on
+    chance too (cudnn.deterministic is not set)."""
     recipe = {"version": SOURCE_VERSION, "arch": arch, "seed": seed, "amp": str(amp), **task.source_recipe}
     recipe |= {"weights": weights, "classes": task.classes}
+    if device.type != "cpu":
+        recipe["device"] = device.type
     if amp is not None:
         recipe["version"] += 1  # its head was autocast before
     if weights is not None and Path(weights).is_file():
@@ -410,7 +416,7 @@ def source_model(task, arch, device="cpu", amp=None, weights=None, checkpoint=No
         raise InputError(f"--arch {arch}: {task.dataset} has no source images, so it takes a clip:NAME")
     key, path = None, checkpoint
     if checkpoint is None:
-        key = source_key(task, arch, weights, seed, amp)
+        key = source_key(task, arch, weights, seed, torch.device(device), amp)
         name = re.sub(r"[^a-zA-Z0-9_.-]", "_", f"{task.dataset}-{task.source}-{arch}-{key[:16]}")
         path = Path(cache) / "source_models" / f"{name}.pt"
     torch.manual_seed(seed)
