@@ -126,7 +126,7 @@ def build(arch, classes, image_shape, weights=None):
     if arch.startswith("timm:"):
         return timm_classifier(arch, classes, sides, weights)
     if arch.startswith("clip:"):
-        return clip_classifier(arch, classes, weights)
+        return clip_classifier(arch, classes, sides, weights)
     if arch in SMALL:
         if weights not in (None, "none"):
             raise InputError(f"--weights {weights}: there are no pretrained weights for {arch}; leave the flag out")
@@ -156,10 +156,10 @@ def torchvision_classifier(arch, classes, sides, weights):
 
 
 def check_sides(arch, sides, wanted):
-    if sides != wanted:
-        raise InputError(
-            f"--arch {arch}: needs images of {'x'.join(map(str, wanted))}, these are {sides[0]}x{sides[1]}"
-        )
+    """Raise InputError if images of the sides [H, W] are not of the wanted ones."""
+    if list(sides) != list(wanted):
+        needs = f"needs images of {'x'.join(map(str, wanted))}, these are {'x'.join(map(str, sides))}"
+        raise InputError(f"--arch {arch}: {needs}; photographs take --image-size {wanted[0]}")
 
 
 def load(arch, create, *args, **kwargs):
@@ -195,21 +195,23 @@ def timm_classifier(arch, classes, sides, weights=None):
 
 
 class ClipImages(nn.Module):
-    """The image tower of a CLIP: features of length 1. Images of another size are resized to its own."""
+    """The image tower of a CLIP: features of length 1."""
 
     def __init__(self, visual):
         super().__init__()
         self.visual = visual
 
     def forward(self, images):
-        if tuple(images.shape[-2:]) != tuple(self.visual.image_size):
-            images = F.interpolate(images, self.visual.image_size, mode="bicubic", antialias=True)
         return F.normalize(self.visual(images), dim=-1)
 
 
-def clip_classifier(arch, classes, weights=None, names=None, prompt="{}"):
-    """The Classifier of clip:NAME. With the names of the classes its head is CLIP's zero-shot classifier: a row is the
-    embedding of the prompt with the name in it, times the logit scale, and the bias is 0. Without, all is 0.
+def clip_classifier(arch, classes, sides, weights=None, names=None, device="cpu"):
+    """The Classifier of clip:NAME for images of sides [H, W], the model's own, with a new head. See build.
+
+    With the names of the classes the head is CLIP's zero-shot classifier, computed on the device. A row is the mean
+    embedding of the name in the 80 templates that OpenAI used for ImageNet, times the logit scale; the bias is 0. Which
+    templates and how a class is called are our choice: OpenAI published other templates and names for some data sets.
+    The images should be as OpenAI's CLIP takes them: the short side resized (bicubic), the centre cropped.
 
     weights: a tag of open_clip (None: openai; downloaded), a file with a state dict of the whole CLIP, or none.
     """
@@ -222,27 +224,35 @@ def clip_classifier(arch, classes, weights=None, names=None, prompt="{}"):
         raise InputError(
             f"--weights {tag}: neither a file nor none nor a tag of open_clip's {name}: {', '.join(known)}"
         )
-    quick = bool((open_clip.get_model_config(name) or {}).get("quick_gelu"))
+    config = open_clip.get_model_config(name)
+    quick = bool(config.get("quick_gelu"))
     if not file and tag and bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu")) != quick:
         other = name.removesuffix("-quickgelu") if quick else f"{name}-quickgelu"  # fits, and gives worse features
         raise InputError(
             f"--arch {arch}: has another activation than the weights {tag}; take clip:{other}, or --weights"
         )
+    check_sides(arch, sides, [config["vision_cfg"]["image_size"]] * 2)
     model = load(arch, open_clip.create_model, name, None if file else tag).eval()
     if file:
         load_state(model, read_checkpoint(weights, "--weights"), f"--weights {weights}")
-    tokenize = open_clip.get_tokenizer(name)
-    with torch.no_grad():
-        rows = [model.encode_text(part, normalize=True) for part in tokenize(texts(names or [""], prompt)).split(64)]
-        rows = model.logit_scale.exp() * torch.cat(rows)
-    head = nn.Linear(rows.shape[1], classes)
-    head.load_state_dict({"weight": rows if names else torch.zeros_like(head.weight), "bias": torch.zeros(classes)})
+    head = nn.Linear(config["embed_dim"], classes)
+    if names:
+        columns = open_clip.build_zero_shot_classifier(
+            model.to(device),
+            open_clip.get_tokenizer(name),
+            [readable(name) for name in names],
+            open_clip.OPENAI_IMAGENET_TEMPLATES,
+            device=device,
+            use_tqdm=True,
+        )
+        rows = model.logit_scale.exp() * columns.T
+        head.load_state_dict({"weight": rows, "bias": torch.zeros(classes)})
     return Classifier(ClipImages(model.visual), head, model.visual.image_mean, model.visual.image_std)
 
 
-def texts(names, prompt):
-    """The prompts: AnnualCrop becomes annual crop, apartment_building/outdoor becomes apartment building outdoor."""
-    return [prompt.format(re.sub(r"(?<=[a-z])(?=[A-Z])|[_/]", " ", name).lower()) for name in names]
+def readable(name):
+    """AnnualCrop becomes annual crop, apartment_building/outdoor becomes apartment building outdoor."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])|[_/]", " ", name).lower()
 
 
 def batchnorms(model):
@@ -422,8 +432,7 @@ def source_model(task, arch, device="cpu", amp=None, weights=None, checkpoint=No
     torch.manual_seed(seed)
     new = key is not None and not path.exists()
     if new and clip:
-        prompt = task.source_recipe.get("prompt", "a photo of a {}.")
-        model = clip_classifier(arch, len(classes), weights, classes, prompt)
+        model = clip_classifier(arch, len(classes), shape[1:], weights, classes, device)
     else:
         model = build(arch, len(classes), shape, weights if new else "none")
     model = model.to(device, memory_format=torch.channels_last)
