@@ -140,7 +140,7 @@ def test_what_is_wrong_with_a_clip_is_said(tiny, tmp_path):
     torch.save({"other": torch.zeros(1)}, wrong)
     for arch, weights, message in [
         ("clip:ViT-B-33", "none", "--arch clip:ViT-B-33: open_clip has no such model; it has .*ViT-B-32"),
-        ("clip:ViT-B-32", "mine", "--weights mine: neither a file nor none nor a tag of open_clip's ViT-B-32: openai"),
+        ("clip:ViT-B-32", "mine", "--weights mine: neither a file nor a tag of open_clip's ViT-B-32; it has openai"),
         ("clip:ViT-B-32", None, "another activation than the weights openai; take clip:ViT-B-32-quickgelu"),
         ("clip:ViT-B-32", "none", "clip:ViT-B-32: needs images of 224x224, these are 32x32; .* take --image-size 224"),
         ("clip:tiny", wrong, "does not fit the model; missing"),
