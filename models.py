@@ -26,8 +26,7 @@ class Classifier(nn.Module):
     """logits = head(backbone((images - mean) / std)); mean and std, a value per channel, belong to the model.
 
     forward(images): uint8, or float in [0, 1], [N, 1 or 3, H, W]; one channel is repeated where mean has three.
-    Returns float32 logits [N, C]; with return_features also the head's input, float32 features [N, D] (float64 after
-    .double()).
+    Returns float32 logits [N, C] and, with return_features, the head's input, features [N, D]; float64 after .double().
     amp: the dtype that the backbone is autocast to, or None. The head never is.
     """
 
@@ -40,36 +39,20 @@ class Classifier(nn.Module):
     def forward(self, images, return_features=False):
         if images.dtype == torch.uint8:
             images = images.float() / 255
-        device = images.device.type
-        with torch.autocast(device, self.amp, enabled=self.amp is not None):
+        with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
             features = self.backbone((images - self.mean) / self.std)
         if self.amp is not None:
             features = features.float()
-        with torch.autocast(device, enabled=False):  # bfloat16 logits of 16 to 32 would come in steps of 0.125
+        with torch.autocast(images.device.type, enabled=False):  # bfloat16 has steps of 0.125 between 16 and 32
             logits = self.head(features)
         return (logits, features) if return_features else logits
 
 
 def evaluation_batch(device, image_shape):
     """How many images (c, H, W) are evaluated at a time: the fewer the larger they are. On a CPU as many as stay in its
-    cache, 4 to 64; elsewhere 16 to 512, of 3x224x224 the most."""
+    cache, 4 to 64; elsewhere 16 to 512, which it still is at 3x224x224."""
     fewest, most, values = (4, 64, 600_000) if device.type == "cpu" else (16, 512, 512 * 3 * 224 * 224)
     return min(most, max(fewest, values // image_shape.numel()))
-
-
-def on_device(batches, device):
-    """Each of the batches on the device, channels-last. To CUDA one is copied while the model works on those before:
-    from pinned memory, on a stream of its own."""
-    if device.type != "cuda":
-        yield from (images.to(device, memory_format=torch.channels_last) for images in batches)
-        return
-    copies, now = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-    for images in batches:
-        with torch.cuda.stream(copies):
-            images = images.pin_memory().to(device, non_blocking=True)
-        now.wait_stream(copies)
-        images.record_stream(now)  # its memory goes to no later copy before the model has read it
-        yield images.contiguous(memory_format=torch.channels_last)
 
 
 @torch.inference_mode()
@@ -80,18 +63,18 @@ def predict(model, images, return_features=False, batch_size=None):
     was_training = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
     batches = images.split(batch_size or evaluation_batch(device, images.shape[1:]))
+    cuda = device.type == "cuda"  # there nothing waits for a copy from pinned memory: the next batch is read meanwhile
+    batches = (batch.pin_memory() if cuda else batch for batch in batches)
+    batches = (batch.to(device, non_blocking=cuda, memory_format=torch.channels_last) for batch in batches)
     model.eval()
     with torch.compiler.set_stance("force_eager"):  # more batch sizes would make the graph that trains a dynamic one
-        parts = [model(batch, return_features) for batch in on_device(batches, device)]
+        parts = [model(batch, return_features) for batch in batches]
     for module, training in was_training.items():
         module.training = training
     if not return_features:
         return torch.cat(parts).cpu().numpy()
     logits, features = zip(*parts, strict=True)
     return torch.cat(logits).cpu().numpy(), torch.cat(features).cpu().numpy()
-
-
-# ------------------------------------------------------------------------------------------ architectures
 
 
 def small_cnn(channels, side):
@@ -126,7 +109,7 @@ def build(arch, classes, image_shape, weights=None):
     if arch.startswith("timm:"):
         return timm_classifier(arch, classes, sides, weights)
     if arch.startswith("clip:"):
-        return clip_classifier(arch, classes, weights)
+        return clip_classifier(arch, classes, sides, weights)
     if arch in SMALL:
         if weights not in (None, "none"):
             raise InputError(f"--weights {weights}: there are no pretrained weights for {arch}; leave the flag out")
@@ -140,9 +123,7 @@ def torchvision_classifier(arch, classes, sides, weights):
     import torchvision  # takes a second, so only where one is asked for
 
     if arch not in torchvision.models.list_models(torchvision.models):
-        known = (
-            "small_cnn, lenet, resnet18, resnet50, vit_b_16, another classifier of torchvision, timm:NAME or clip:NAME"
-        )
+        known = "small_cnn, lenet, resnet18, vit_b_16, another of torchvision's classifiers, timm:NAME or clip:NAME"
         raise InputError(f"--arch {arch}: unknown; choose {known}")
     if arch.startswith("vit"):
         check_sides(arch, sides, [224, 224])
@@ -156,10 +137,10 @@ def torchvision_classifier(arch, classes, sides, weights):
 
 
 def check_sides(arch, sides, wanted):
-    if sides != wanted:
-        raise InputError(
-            f"--arch {arch}: needs images of {'x'.join(map(str, wanted))}, these are {sides[0]}x{sides[1]}"
-        )
+    """Raise InputError if images of the sides [H, W] are not of the wanted ones."""
+    if list(sides) != list(wanted):
+        needs = f"needs images of {'x'.join(map(str, wanted))}, these are {'x'.join(map(str, sides))}"
+        raise InputError(f"--arch {arch}: {needs}; photographs take --image-size {wanted[0]}")
 
 
 def load(arch, create, *args, **kwargs):
@@ -167,14 +148,10 @@ def load(arch, create, *args, **kwargs):
     try:
         return create(*args, **kwargs)
     except ImportError as error:
-        raise InputError(
-            f"--arch {arch}: needs a package that is optional: pip install timm open_clip_torch"
-        ) from error
+        raise InputError(f"--arch {arch}: needs an optional package: pip install timm open_clip_torch") from error
     except (OSError, RuntimeError) as error:
-        other = "pass a state dict as --weights FILE, or --weights none to start from a random network"
-        raise InputError(
-            f"--weights: those of {arch} could not be downloaded ({first_line(error)}); {other}"
-        ) from error
+        what = f"--weights: those of {arch} could not be downloaded ({first_line(error)})"
+        raise InputError(f"{what}; pass --weights FILE, a state dict, or --weights none to start anew") from error
 
 
 def timm_classifier(arch, classes, sides, weights=None):
@@ -195,54 +172,51 @@ def timm_classifier(arch, classes, sides, weights=None):
 
 
 class ClipImages(nn.Module):
-    """The image tower of a CLIP: features of length 1. Images of another size are resized to its own."""
+    """The image tower of a CLIP: features of length 1."""
 
     def __init__(self, visual):
         super().__init__()
         self.visual = visual
 
     def forward(self, images):
-        if tuple(images.shape[-2:]) != tuple(self.visual.image_size):
-            images = F.interpolate(images, self.visual.image_size, mode="bicubic", antialias=True)
         return F.normalize(self.visual(images), dim=-1)
 
 
-def clip_classifier(arch, classes, weights=None, names=None, prompt="{}"):
-    """The Classifier of clip:NAME. With the names of the classes its head is CLIP's zero-shot classifier: a row is the
-    embedding of the prompt with the name in it, times the logit scale, and the bias is 0. Without, all is 0.
+def clip_classifier(arch, classes, sides, weights=None, names=None, device="cpu"):
+    """The Classifier of clip:NAME for images [3, H, W] whose sides (H, W) are CLIP's own, with a new head. See build.
 
+    With the names of the classes the head is CLIP's zero-shot classifier, computed on the device. A row is the mean
+    embedding of a name in the 80 templates that OpenAI used for ImageNet, times the logit scale; the bias is 0. These
+    templates and how a class is called are our choice: for some data sets OpenAI published others. OpenAI resizes the
+    short side of an image (bicubic) and crops the centre; open_clip squashes the images of some later models instead.
     weights: a tag of open_clip (None: openai; downloaded), a file with a state dict of the whole CLIP, or none.
     """
     open_clip, name = load(arch, importlib.import_module, "open_clip"), arch.removeprefix("clip:")
     if name not in open_clip.list_models():
         raise InputError(f"--arch {arch}: open_clip has no such model; it has {', '.join(open_clip.list_models())}")
     file, tag = Path(weights or "").is_file(), None if weights == "none" else weights or "openai"
-    known = open_clip.list_pretrained_tags_by_model(name)
-    if not file and tag not in (None, *known):
-        raise InputError(
-            f"--weights {tag}: neither a file nor none nor a tag of open_clip's {name}: {', '.join(known)}"
-        )
-    quick = bool((open_clip.get_model_config(name) or {}).get("quick_gelu"))
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if not file and tag not in (None, *tags):
+        raise InputError(f"--weights {tag}: neither a file nor a tag of open_clip's {name}; it has {', '.join(tags)}")
+    config = open_clip.get_model_config(name)
+    quick = bool(config.get("quick_gelu"))
     if not file and tag and bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu")) != quick:
         other = name.removesuffix("-quickgelu") if quick else f"{name}-quickgelu"  # fits, and gives worse features
-        raise InputError(
-            f"--arch {arch}: has another activation than the weights {tag}; take clip:{other}, or --weights"
-        )
+        raise InputError(f"--arch {arch}: has another activation than the weights {tag}; take clip:{other}")
+    check_sides(arch, sides, [config["vision_cfg"]["image_size"]] * 2)
     model = load(arch, open_clip.create_model, name, None if file else tag).eval()
     if file:
         load_state(model, read_checkpoint(weights, "--weights"), f"--weights {weights}")
-    tokenize = open_clip.get_tokenizer(name)
-    with torch.no_grad():
-        rows = [model.encode_text(part, normalize=True) for part in tokenize(texts(names or [""], prompt)).split(64)]
-        rows = model.logit_scale.exp() * torch.cat(rows)
-    head = nn.Linear(rows.shape[1], classes)
-    head.load_state_dict({"weight": rows if names else torch.zeros_like(head.weight), "bias": torch.zeros(classes)})
+    head = nn.Linear(config["embed_dim"], classes)
+    if names:
+        # AnnualCrop becomes annual crop, apartment_building/outdoor becomes apartment building outdoor
+        names = [re.sub(r"(?<=[a-z])(?=[A-Z])|[_/]", " ", label).lower() for label in names]
+        tokenize, templates = open_clip.get_tokenizer(name), open_clip.OPENAI_IMAGENET_TEMPLATES
+        model.to(device)
+        columns = open_clip.build_zero_shot_classifier(model, tokenize, names, templates, device=device, use_tqdm=True)
+        rows = model.logit_scale.exp() * columns.T
+        head.load_state_dict({"weight": rows, "bias": torch.zeros(classes)})
     return Classifier(ClipImages(model.visual), head, model.visual.image_mean, model.visual.image_std)
-
-
-def texts(names, prompt):
-    """The prompts: AnnualCrop becomes annual crop, apartment_building/outdoor becomes apartment building outdoor."""
-    return [prompt.format(re.sub(r"(?<=[a-z])(?=[A-Z])|[_/]", " ", name).lower()) for name in names]
 
 
 def batchnorms(model):
@@ -254,8 +228,7 @@ def choose_device(device, amp, arch):
     """(torch.device, autocast dtype or None) for --device auto|cpu|cuda|cuda:N|mps, --amp auto|bfloat16|float16|off and
     the name of a network. Raises InputError if the device is not there.
 
-    A device that is auto is CUDA where there is one. amp that is auto is autocast_dtype's, but float32 for SMALL: they
-    gain little, and have the same figures everywhere.
+    The device auto is CUDA where there is one. amp auto is autocast_dtype's, but float32 for SMALL, which gain little.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -281,11 +254,11 @@ def autocast_dtype(device):
 
 
 def tune_process():
-    """Set, for this process, what makes training fast: TF32 for what stays float32 on CUDA, and glibc's memory. glibc
-    is asked to keep what a step frees for the next one, up to blocks of 32 MB; its default hands most of it back to the
-    system, which clears and maps it anew at every step."""
+    """Set, for this process, what makes training fast: TF32 (10 of float32's 23 bits) in what CUDA multiplies, with
+    --amp off too unless the environment has NVIDIA_TF32_OVERRIDE=0, and glibc's memory. glibc is asked to keep what a
+    step frees for the next one, up to blocks of 32 MB; its default hands most of it back to the system, which clears
+    and maps it anew at every step."""
     torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.allow_tf32 = True
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD, from malloc.h
@@ -345,12 +318,13 @@ def train_source(model, task, seed, checkpoint, steps, batch_size, lr, backbone_
     print(f"source model: {100 * correct.mean():.2f} % on {len(correct)} test images of {task.source}")
 
 
-def source_key(task, arch, weights, seed, amp):
-    """A name for all that determines a source model."""
+def source_key(task, arch, weights, seed, device, amp):
+    """A name for all that determines a source model, but for its last bits: those depend on the machine, and on CUDA on
+    chance too (cudnn.deterministic is not set)."""
     recipe = {"version": SOURCE_VERSION, "arch": arch, "seed": seed, "amp": str(amp), **task.source_recipe}
     recipe |= {"weights": weights, "classes": task.classes}
-    if amp is not None:
-        recipe["version"] += 1  # its head was autocast before
+    if device.type != "cpu":
+        recipe["device"] = device.type
     if weights is not None and Path(weights).is_file():
         recipe["weights"] = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
@@ -374,8 +348,7 @@ def train_once(model, task, seed, path, key, arch, stop):
         if not path.exists():
             if not arch.startswith("clip:"):
                 train_source(model, task, seed, Checkpoint(unfinished, {"key": key}, stop), **task.source_recipe)
-            content = {"model": model.state_dict(), "classes": task.classes, "arch": arch, "key": key}
-            write_checkpoint(path, content)
+            write_checkpoint(path, {"model": model.state_dict(), "classes": task.classes, "arch": arch, "key": key})
         unfinished.unlink(missing_ok=True)
     except torch.OutOfMemoryError as error:
         size, device = task.source_recipe.get("batch_size"), model.mean.device
@@ -410,14 +383,13 @@ def source_model(task, arch, device="cpu", amp=None, weights=None, checkpoint=No
         raise InputError(f"--arch {arch}: {task.dataset} has no source images, so it takes a clip:NAME")
     key, path = None, checkpoint
     if checkpoint is None:
-        key = source_key(task, arch, weights, seed, amp)
+        key = source_key(task, arch, weights, seed, torch.device(device), amp)
         name = re.sub(r"[^a-zA-Z0-9_.-]", "_", f"{task.dataset}-{task.source}-{arch}-{key[:16]}")
         path = Path(cache) / "source_models" / f"{name}.pt"
     torch.manual_seed(seed)
     new = key is not None and not path.exists()
     if new and clip:
-        prompt = task.source_recipe.get("prompt", "a photo of a {}.")
-        model = clip_classifier(arch, len(classes), weights, classes, prompt)
+        model = clip_classifier(arch, len(classes), shape[1:], weights, classes, device)
     else:
         model = build(arch, len(classes), shape, weights if new else "none")
     model = model.to(device, memory_format=torch.channels_last)

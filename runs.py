@@ -42,7 +42,7 @@ HEADER = "epoch     loss    seen  unseen overall  images/s  seconds"
 @dataclasses.dataclass
 class RunArgs:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    amp: Literal["auto", "bfloat16", "float16", "off"] = "auto"  # autocast dtype; auto: not for small networks
+    amp: Literal["auto", "bfloat16", "float16", "off"] = "auto"  # autocast; auto: not for small networks; off on CUDA: TF32
     compile: FlagCreatePairsOff[bool] = False  # torch.compile the model
     resident: Literal["auto", "on", "off"] = "auto"  # keep training images on the device; auto: on CUDA, if they fit
     runs_dir: str = "runs"  # where run folders and source models are kept
@@ -101,8 +101,9 @@ def result_table(done):
     return table(rows) + footnote(rows)
 
 
-def versions(device, model):
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and device != "cpu" else None
+def versions(model):
+    device = next(model.parameters()).device
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     amp = next((str(module.amp) for module in model.modules() if getattr(module, "amp", None)), None)
     here = {"python": platform.python_version(), "machine": platform.machine(), "threads": torch.get_num_threads()}
     return {"torch": torch.__version__, "numpy": np.__version__, **here, "gpu": gpu, "amp": amp}
@@ -304,7 +305,7 @@ class Run:
         final = accuracies(arrays["test_logits"], arrays["test_labels"], arrays["seen"])
         command = shlex.join(["python", f"methods/{Path(sys.argv[0]).name}", *sys.argv[1:]])
         done = {"source": self.source["figures"], "final": final, "args": self.record, "command": command}
-        done |= {"seconds": time.perf_counter() - self.started, "versions": versions(self.args.device, model)}
+        done |= {"seconds": time.perf_counter() - self.started, "versions": versions(model)}
         files.write_text(self.folder / "done.json", json.dumps(done, indent=2))
         (self.folder / "checkpoint.pt").unlink(missing_ok=True)
         print(result_table(done))

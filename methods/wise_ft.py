@@ -22,7 +22,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # the modules: bes
 import data
 import models
 import runs
-from eval import accuracies
+from eval import accuracies, number
 
 
 @dataclass
@@ -142,11 +142,8 @@ if __name__ == "__main__":
         for mixing in [i / 10 for i in range(11)]:
             logits = models.predict(mixed(mixing), task.target_test.images)
             curve.append({"mixing": mixing, **accuracies(logits, task.target_test.labels, task.seen)})
-            print(
-                "mixing {mixing:.1f}  seen {seen:6.2f}  unseen {unseen:6.2f}  overall {overall:6.2f}".format(
-                    **curve[-1]
-                )
-            )
+            cells = "".join(f"  {name} {number(curve[-1][name], 6)}" for name in ("seen", "unseen", "overall"))
+            print(f"mixing {mixing:.1f}{cells}")
         result = mixed(args.mixing)
         run.evaluate(args.epochs + 1, result, curve=curve)
         run.finish(result)

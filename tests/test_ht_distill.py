@@ -62,21 +62,29 @@ def test_the_share_holds_the_unseen_classes_up_together(ht_distill):
     s = ht_distill.seen_share(z, SEEN)
     assert s.item() == pytest.approx(z.softmax(1)[:, SEEN].sum(1).mean().item(), abs=1e-12)
     for source, prior in ((0.3, 0.5), (0.9, 0.1)):
+        now = torch.stack([s, torch.tensor(source).double()])
+        term, means = ht_distill.share(now, now.detach(), prior)
+        assert means.tolist() == pytest.approx(now.tolist()) and not means.requires_grad
         wanted = (source + prior) / 2
-        term = ht_distill.share(s, torch.tensor(source).double(), prior)
         value = wanted * math.log(wanted / s.item()) + (1 - wanted) * math.log((1 - wanted) / (1 - s.item()))
         assert term.item() == pytest.approx(value, abs=1e-7)
         (gradient,) = torch.autograd.grad(term, z, retain_graph=True)
         rises = gradient[:, SEEN].sum() < 0  # a step against the gradient raises the seen logits
         assert rises == (s.item() < wanted)
-    at_target = ht_distill.share(torch.tensor(0.4), torch.tensor(0.3), 0.5)
-    assert at_target.item() == pytest.approx(0, abs=1e-6)
+    # a step's own share moves the running mean by a tenth; its gradient is that of the KL at the mean, undiminished
+    now = torch.tensor([0.9, 0.5], requires_grad=True)
+    term, means = ht_distill.share(now, torch.tensor([0.4, 0.3]), 0.48)
+    assert means.tolist() == pytest.approx([0.45, 0.32])
+    mean, wanted = 0.45, (0.32 + 0.48) / 2
+    (gradient,) = torch.autograd.grad(term, now)
+    assert gradient.tolist() == pytest.approx([(mean - wanted) / (mean * (1 - mean)), 0], abs=1e-5)
 
 
 def test_terms_are_finite_where_nothing_is_unseen_or_all_is_certain(ht_distill):
     logits = (torch.eye(5)[:, [1, 2, 3, 4, 0]] * 200).requires_grad_()
     for seen in (SEEN, torch.ones(5, dtype=torch.bool)):
-        share = ht_distill.share(ht_distill.seen_share(logits, seen), ht_distill.seen_share(torch.eye(5), seen), 0.4)
+        now = torch.stack([ht_distill.seen_share(z, seen) for z in (logits, torch.eye(5) * 200)])
+        share, _ = ht_distill.share(now, now.detach(), 0.4)
         total = ht_distill.relations(logits, torch.eye(5) * 200, seen) + share
         (gradient,) = torch.autograd.grad(total, logits)
         assert torch.isfinite(total) and torch.isfinite(gradient).all()

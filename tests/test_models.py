@@ -87,6 +87,13 @@ def test_what_determines_a_source_model_is_in_its_key(tmp_path, monkeypatch, cha
     assert len(trained) == 2
 
 
+def test_a_source_model_of_a_gpu_is_not_taken_for_a_cpus():
+    task = load_task("digits")
+    places = "cpu", "cuda", "cuda:1"
+    cpu, cuda, other = (models.source_key(task, "small_cnn", None, 0, torch.device(place), None) for place in places)
+    assert cpu != cuda == other
+
+
 def test_source_checkpoints(tmp_path):
     task = load_task("digits")
     model = models.build("small_cnn", 10, (1, 28, 28))

@@ -3,10 +3,14 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import replicas
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
+from torchvision.transforms.functional import pil_to_tensor
 
 import data
 import models
@@ -63,47 +67,83 @@ def tiny(tmp_path):
     return open_clip, clip, str(tmp_path / "clip.pt")
 
 
-def task(classes, side, **recipe):
+def task(classes, side):
     images = torch.randint(0, 256, (6, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     split = data.Split(images, torch.arange(6) % len(classes), {})
     seen = torch.tensor([True] + [False] * (len(classes) - 1))
-    return data.Task("vtab", "clip", "eurosat", classes, seen, None, None, split, split, {}, recipe, "1")
+    return data.Task("vtab", "clip", "eurosat", classes, seen, None, None, split, split, {}, {}, "1")
+
+
+CLASSES = ["AnnualCrop", "Sea_Lake", "apartment_building/outdoor"]
+READABLE = ["annual crop", "sea lake", "apartment building outdoor"]
+
+
+def zero_shot(open_clip, clip, images):
+    """CLIP's logits as its paper makes them: the cosine to the mean of a class's embeddings, times the scale."""
+    tokenize, rows = open_clip.get_tokenizer("tiny"), []
+    with torch.no_grad():
+        for name in READABLE:
+            prompts = [template(name) for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+            embeddings = F.normalize(clip.encode_text(tokenize(prompts)), dim=1)
+            rows.append(F.normalize(embeddings.mean(0), dim=0))
+        features = F.normalize(clip.encode_image(images), dim=1)
+        return clip.logit_scale.exp() * features @ torch.stack(rows).T
 
 
 def test_clip_is_its_own_source_model(tiny, tmp_path):
     open_clip, clip, path = tiny
-    classes = ["AnnualCrop", "Sea_Lake", "apartment_building/outdoor"]
-    given = task(classes, 32, prompt="a satellite photo of {}.")
+    given = task(CLASSES, 32)
     model = models.source_model(given, "clip:tiny", weights=path, cache=tmp_path)
-    # logits as CLIP itself makes them: its own preprocessing, its own tokens, cosine times the scale
-    tokens = open_clip.get_tokenizer("tiny")(
-        [f"a satellite photo of {name}." for name in ("annual crop", "sea lake", "apartment building outdoor")]
-    )
+    images = given.target_test.images
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (clip.visual.image_mean, clip.visual.image_std))
     with torch.no_grad():
-        image = F.normalize(clip.encode_image((given.target_test.images / 255 - mean) / std), dim=-1)
-        want = clip.logit_scale.exp() * image @ F.normalize(clip.encode_text(tokens), dim=-1).T
-        logits, features = model(given.target_test.images, return_features=True)
-    torch.testing.assert_close(logits, want, atol=1e-4, rtol=1e-4)
+        logits, features = model(images, return_features=True)
+    torch.testing.assert_close(logits, zero_shot(open_clip, clip, (images / 255 - mean) / std), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(features.norm(dim=1), torch.ones(6))
     assert not model.head.bias.any()
     again = models.source_model(given, "clip:tiny", weights=path, cache=tmp_path)  # from the cache
     assert torch.equal(again.head.weight, model.head.weight) and len(list(tmp_path.glob("*/*.pt"))) == 1
-    other = models.source_model(task(classes, 32, prompt="a {}."), "clip:tiny", weights=path, cache=tmp_path)
-    assert not torch.equal(other.head.weight, model.head.weight)
-    # images of another size are resized to CLIP's
-    assert models.source_model(task(classes, 20), "clip:tiny", weights=path, cache=tmp_path)(
-        task(classes, 20).target_test.images
-    ).shape == (6, 3)
+
+
+def test_clip_on_photographs_is_open_clips_own_pipeline(tiny, tmp_path):
+    open_clip, clip, path = tiny
+    sides = [(33, 57), (91, 47), (32, 75), (201, 32), (41, 41), (20, 31), (27, 19), (64, 33), (131, 97), (300, 211)]
+    rng, photos = np.random.default_rng(0), []
+    for i, (width, height) in enumerate(sides):
+        coarse = rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(tmp_path / f"{i}.jpg")
+        photos.append(Image.open(tmp_path / f"{i}.jpg"))
+    # open_clip's side
+    preprocess = open_clip.image_transform(32, False, clip.visual.image_mean, clip.visual.image_std)
+    want = zero_shot(open_clip, clip, torch.stack([preprocess(photo) for photo in photos]))
+    # ours: uint8 squares, whose normalisation belongs to the model
+    crop = Compose([Resize(32, InterpolationMode.BICUBIC), CenterCrop(32), PILToTensor()])
+    images = torch.stack([crop(photo) for photo in photos])
+    given = task(CLASSES, 32)
+    given.target_test = data.Split(images, torch.zeros(10, dtype=torch.long), {})
+    model = models.source_model(given, "clip:tiny", weights=path, cache=tmp_path)
+    got = torch.from_numpy(models.predict(model, given.target_test.images))
+    assert want.std() > 0.01
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+    squashed = torch.stack([pil_to_tensor(photo.resize((32, 32), Image.Resampling.BILINEAR)) for photo in photos])
+    assert not torch.allclose(torch.from_numpy(models.predict(model, squashed)), want, atol=0.01)
+
+
+def test_a_clip_of_a_new_head_has_its_classes(tiny):
+    model = models.build("clip:tiny", 7, (3, 32, 32), tiny[2])
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
 
 
 def test_what_is_wrong_with_a_clip_is_said(tiny, tmp_path):
     given = task(["a", "b"], 32)
+    wrong = str(tmp_path / "wrong.pt")
+    torch.save({"other": torch.zeros(1)}, wrong)
     for arch, weights, message in [
         ("clip:ViT-B-33", "none", "--arch clip:ViT-B-33: open_clip has no such model; it has .*ViT-B-32"),
-        ("clip:ViT-B-32", "mine", "--weights mine: neither a file nor none nor a tag of open_clip's ViT-B-32: openai"),
+        ("clip:ViT-B-32", "mine", "--weights mine: neither a file nor a tag of open_clip's ViT-B-32; it has openai"),
         ("clip:ViT-B-32", None, "another activation than the weights openai; take clip:ViT-B-32-quickgelu"),
-        ("clip:ViT-B-32", tiny[2], "does not fit the model; missing"),
+        ("clip:ViT-B-32", "none", "clip:ViT-B-32: needs images of 224x224, these are 32x32; .* take --image-size 224"),
+        ("clip:tiny", wrong, "does not fit the model; missing"),
         ("resnet18", None, "--arch resnet18: vtab has no source images, so it takes a clip:NAME"),
     ]:
         with pytest.raises(InputError, match=message):

@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import subprocess
+import types
 
 import numpy as np
 import pytest
@@ -261,6 +262,15 @@ def test_out_of_memory_names_the_batch_size(run_method, monkeypatch, capsys):
         error = capsys.readouterr().err
         assert error.startswith("error: --batch-size 64 is too large: --device auto is out of memory")
         assert ("; --resident off frees the images" in error) == (resident != "off")
+
+
+def test_versions_name_the_gpu_that_is_used(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: f"the GPU at {device}")
+    model = torch.nn.Linear(1, 1)
+    assert runs.versions(model)["gpu"] is None
+    on_second = [types.SimpleNamespace(device=torch.device("cuda:1"))]
+    monkeypatch.setattr(model, "parameters", lambda: iter(on_second))
+    assert runs.versions(model)["gpu"] == "the GPU at cuda:1"
 
 
 def test_a_finished_run_shows_what_its_logits_say(run_method, capsys):

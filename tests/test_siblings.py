@@ -101,7 +101,13 @@ def test_what_people_copy_needs_torch_alone(method):
 
 
 MODULES = ["eval.py", "files.py", "runs.py", "models.py", *(f"data/{p.name}" for p in (ROOT / "data").glob("*.py"))]
-PROGRAMS = ["benchmark.py", "results/speed/measure.py", *(f"methods/{method}.py" for method in ("naive_ft", *SIBLINGS))]
+PROGRAMS = [
+    "benchmark.py",
+    "results/figures.py",
+    "results/speed/measure.py",
+    "results/speed/limits.py",
+    *(f"methods/{method}.py" for method in ("naive_ft", *SIBLINGS)),
+]
 # Who may import whom: files <- {models, data} <- runs <- methods; eval <- {runs, benchmark}.
 ARROWS = {"eval": set(), "files": set(), "data": {"files"}, "models": {"files"}}
 ARROWS["runs"] = {"data", "eval", "files", "models"}
