@@ -300,7 +300,9 @@ class Run:
         arrays |= {"seen": self.task.seen.numpy(), "classes": np.array(self.task.classes)}
         files.write_atomic(self.folder / "logits.npz", lambda stream: np.savez(stream, **arrays))
         if self.args.save_model:
-            content = {"model": model.state_dict(), "classes": self.task.classes, "arch": self.args.arch}
+            _, channels, _, side = test.images.shape
+            content = {"model": model.state_dict(), "classes": self.task.classes, "seen": self.task.seen.tolist()}
+            content |= {"arch": self.args.arch, "image_size": side, "channels": channels}
             files.write_checkpoint(self.folder / "model.pt", content)
         final = accuracies(arrays["test_logits"], arrays["test_labels"], arrays["seen"])
         command = shlex.join(["python", f"methods/{Path(sys.argv[0]).name}", *sys.argv[1:]])
