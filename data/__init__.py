@@ -13,6 +13,7 @@ Images are uint8 [N, channels, H, W]; normalisation belongs to the model. Labels
     paper                   {source domain: published seen classes}
     about, download         what belongs where, for people; the function that fetches a domain
     augmentation, recipe, source_recipe     as in Split and Task
+    recipe_for, source_recipe_for           functions that make the recipes of the number of images
 """
 
 import os
@@ -143,13 +144,24 @@ def targets(dataset, source, data_root=None):
     return [name for name in domain_names(dataset, data_root) if name not in (source, only_source)]
 
 
-def source_recipe(args, recipe):
-    """The source model's recipe with the flags --source-steps, --source-lr and --source-backbone-lr put into it."""
+def recipes_of(args, entry, target, images, source_images):
+    """(recipe, source_recipe) of a Task with so many labelled images of the seen classes, and of the source (or None).
+
+    The flags --source-steps, --source-lr and --source-backbone-lr are put into the latter. Raises InputError if they
+    are given where the source model comes trained.
+    """
+    recipe = entry["recipe_for"](images) if "recipe_for" in entry else dict(entry["recipe"])
+    if source_images is None:
+        source_recipe = {"prompt": entry["prompts"][target]}
+    elif "source_recipe_for" in entry:
+        source_recipe = entry["source_recipe_for"](source_images)
+    else:
+        source_recipe = entry["source_recipe"]
     given = {"steps": args.source_steps, "lr": args.source_lr, "backbone_lr": args.source_backbone_lr}
     for name, value in given.items():
-        if value is not None and name not in recipe:
+        if value is not None and name not in source_recipe:
             raise InputError(f"--source-{name.replace('_', '-')} {value}: the source model comes trained; leave it out")
-    return recipe | {name: value for name, value in given.items() if value is not None}
+    return recipe, source_recipe | {name: value for name, value in given.items() if value is not None}
 
 
 def choose_domains(args, domains):
@@ -224,6 +236,7 @@ def load_task(args):
     if seen_classes == "half" or (args.seen_classes is None and seen_classes == "paper" and paper is None):
         seen_classes = str(len(classes) // 2)
     seen = choose_seen(seen_classes, classes, present, args.split_seed, paper)
+    labelled = int(seen.numpy()[here.labels[train]].sum())  # an oracle trains as long as the others
     if not args.oracle:
         train = train[seen.numpy()[here.labels[train]]]
     elif not (present & ~seen.numpy()).any():
@@ -231,12 +244,11 @@ def load_task(args):
     if not len(test):
         raise InputError(f"--target {target}: no image is left to test on")
     splits = [None, None]
-    recipe = {"prompt": entry["prompts"][target]} if whole is None else entry["source_recipe"]
     if whole is not None:
         index = split_domain(whole, 0.9, np.random.default_rng(0), keep_single=True)
         splits = [make_split(whole, part, entry["augmentation"]) for part in index]
     splits += [make_split(here, part, entry["augmentation"]) for part in (train, test)]
-    recipes = dict(entry["recipe"]), source_recipe(args, recipe)
+    recipes = recipes_of(args, entry, target, labelled, splits[0] and len(splits[0].labels))
     task = Task(args.dataset, source, target, classes, seen, *splits, *recipes, seen_classes)
     return task if args.pseudo_split is None else pseudo_task(task, args.split_seed, args.pseudo_split)
 

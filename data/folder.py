@@ -1,5 +1,6 @@
 """`folder`: anyone's own images, root/DOMAIN/CLASS/*.jpg; and what the other data sets of files share."""
 
+import math
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,9 +11,10 @@ from files import InputError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
-# The published base recipe (batch 64, 20 x 500 steps, 1e-3 and 1e-4); the source model's training is ours.
+# The published base recipe (batch 64, 20 x 500 steps, 1e-3 and 1e-4) and a bound on the gradient, which is ours, as is
+# the source model's training.
 PHOTO_RECIPE = {"arch": "resnet50", "epochs": 20, "steps_per_epoch": 500, "batch_size": 64}
-PHOTO_RECIPE |= {"lr": 0.001, "backbone_lr": 0.0001, "clip_grad": float("inf"), "image_size": 224}
+PHOTO_RECIPE |= {"lr": 0.001, "backbone_lr": 0.0001, "clip_grad": 5.0, "image_size": 224}
 PHOTO_SOURCE = {"steps": 10000, "batch_size": 64, "lr": 0.01, "backbone_lr": 0.001}
 PHOTOGRAPHS = {  # what the entries of these data sets have in common
     "augmentation": {"crop": 0.7, "jitter": 0.3, "gray": 0.1},
@@ -117,4 +119,24 @@ def folder(domain, root):
     return named(*class_tree(root, domain))
 
 
+def recipe_for(images):
+    """The published recipe for many labelled target images, and for few one with fewer steps at higher rates.
+
+    50 passes, but no more than the published 10,000 steps; the backbone's rate times the steps is the published 1, as
+    far as 0.003 goes. A batch has at most an eighth of the images. Ours.
+    """
+    batch = min(images, 64, max(8, images // 8))
+    steps = min(10_000, max(100, 50 * images // batch))
+    backbone_lr = min(0.003, 1 / steps)
+    few = {"steps_per_epoch": math.ceil(steps / 20), "batch_size": batch}
+    return PHOTO_RECIPE | few | {"backbone_lr": backbone_lr, "lr": max(backbone_lr, PHOTO_RECIPE["lr"])}
+
+
+def source_recipe_for(images):
+    """As recipe_for, for the source model: 30 passes, rates times steps as in PHOTO_SOURCE, up to 0.1 and 0.01."""
+    steps = min(10_000, max(100, 30 * images // 64))
+    return PHOTO_SOURCE | {"steps": steps, "lr": min(0.1, 100 / steps), "backbone_lr": min(0.01, 10 / steps)}
+
+
 FOLDER = {**PHOTOGRAPHS, "load": folder, "domains": domains, "seen": "data", "about": ABOUT}
+FOLDER |= {"recipe_for": recipe_for, "source_recipe_for": source_recipe_for}

@@ -41,6 +41,8 @@ def quick_source(monkeypatch):
     """A source model of 30 steps is enough for tests of the machinery, not of the figures."""
     for entry in data.DATASETS.values():
         monkeypatch.setitem(entry["source_recipe"], "steps", 30)
+        if "source_recipe_for" in entry:
+            monkeypatch.setitem(entry, "source_recipe_for", lambda images, entry=entry: entry["source_recipe"])
 
 
 @pytest.fixture

@@ -266,6 +266,28 @@ def test_folder_with_a_class_that_the_source_does_not_know(tmp_path):
         load_task("folder", "a", "b", data_root=tmp_path, image_size=16, ignore_unknown_classes=True)
 
 
+def test_few_images_get_fewer_steps_at_higher_rates(tmp_path):
+    from data.folder import PHOTO_RECIPE, PHOTO_SOURCE, recipe_for, source_recipe_for
+
+    assert recipe_for(100_000) == PHOTO_RECIPE, "the published one"
+    assert source_recipe_for(100_000) == {**PHOTO_SOURCE, "steps": 10_000}
+    for images, batch_size, steps in (
+        (5, 5, 100),
+        (20, 8, 140),
+        (244, 30, 420),
+        (1500, 64, 1180),
+        (20_000, 64, 10_000),
+    ):
+        recipe = recipe_for(images)
+        assert (recipe["batch_size"], recipe["epochs"] * recipe["steps_per_epoch"]) == (batch_size, steps)
+        assert recipe["lr"] >= recipe["backbone_lr"] and 0.2 < recipe["backbone_lr"] * steps < 1.1
+    replicas.tree(tmp_path / "a", ["x", "y", "z"], 10)
+    replicas.tree(tmp_path / "b", ["x", "y", "z"], 10)
+    flags = ("folder", "a", "b", "2")
+    task, oracle = (load_task(*flags, data_root=tmp_path, image_size=16, oracle=oracle) for oracle in (False, True))
+    assert task.recipe == oracle.recipe == recipe_for(14), "an upper bound trains no longer than what it bounds"
+
+
 @pytest.mark.parametrize("method", ["naive_ft", "ht_distill"])
 @pytest.mark.parametrize("dataset", ["office_home", "domainnet", "femnist", "iwildcam", "inat_fungi", "folder"])
 def test_methods_run_on_every_set(dataset, method, root, run_method, read):
