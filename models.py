@@ -172,18 +172,20 @@ def timm_classifier(arch, classes, sides, weights=None):
 
 
 class ClipImages(nn.Module):
-    """The image tower of a CLIP: features of length 1."""
+    """The image tower of a CLIP: features of length 1. Images of another size, CIFAR's, are enlarged to its own."""
 
     def __init__(self, visual):
         super().__init__()
         self.visual = visual
 
     def forward(self, images):
+        if tuple(images.shape[-2:]) != tuple(self.visual.image_size):
+            images = F.interpolate(images, self.visual.image_size, mode="bicubic", antialias=True)
         return F.normalize(self.visual(images), dim=-1)
 
 
 def clip_classifier(arch, classes, sides, weights=None, names=None, device="cpu"):
-    """The Classifier of clip:NAME for images [3, H, W] whose sides (H, W) are CLIP's own, with a new head. See build.
+    """The Classifier of clip:NAME for images [3, H, W] of CLIP's own sides (H, W), or at most 32, with a new head.
 
     With the names of the classes the head is CLIP's zero-shot classifier, computed on the device. A row is the mean
     embedding of a name in the 80 templates that OpenAI used for ImageNet, times the logit scale; the bias is 0. These
@@ -203,7 +205,8 @@ def clip_classifier(arch, classes, sides, weights=None, names=None, device="cpu"
     if not file and tag and bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu")) != quick:
         other = name.removesuffix("-quickgelu") if quick else f"{name}-quickgelu"  # fits, and gives worse features
         raise InputError(f"--arch {arch}: has another activation than the weights {tag}; take clip:{other}")
-    check_sides(arch, sides, [config["vision_cfg"]["image_size"]] * 2)
+    if max(sides) > 32:  # CIFAR's are no files that could be decoded to another size
+        check_sides(arch, sides, [config["vision_cfg"]["image_size"]] * 2)
     model = load(arch, open_clip.create_model, name, None if file else tag).eval()
     if file:
         load_state(model, read_checkpoint(weights, "--weights"), f"--weights {weights}")

@@ -144,7 +144,7 @@ def targets(dataset, source, data_root=None):
     return [name for name in domain_names(dataset, data_root) if name not in (source, only_source)]
 
 
-def recipes_of(args, entry, target, images, source_images):
+def recipes_of(args, entry, images, source_images):
     """(recipe, source_recipe) of a Task with so many labelled images of the seen classes, and of the source (or None).
 
     The flags --source-steps, --source-lr and --source-backbone-lr are put into the latter. Raises InputError if they
@@ -152,7 +152,7 @@ def recipes_of(args, entry, target, images, source_images):
     """
     recipe = entry["recipe_for"](images) if "recipe_for" in entry else dict(entry["recipe"])
     if source_images is None:
-        source_recipe = {"prompt": entry["prompts"][target]}
+        source_recipe = {}
     elif "source_recipe_for" in entry:
         source_recipe = entry["source_recipe_for"](source_images)
     else:
@@ -248,7 +248,7 @@ def load_task(args):
         index = split_domain(whole, 0.9, np.random.default_rng(0), keep_single=True)
         splits = [make_split(whole, part, entry["augmentation"]) for part in index]
     splits += [make_split(here, part, entry["augmentation"]) for part in (train, test)]
-    recipes = recipes_of(args, entry, target, labelled, splits[0] and len(splits[0].labels))
+    recipes = recipes_of(args, entry, labelled, splits[0] and len(splits[0].labels))
     task = Task(args.dataset, source, target, classes, seen, *splits, *recipes, seen_classes)
     return task if args.pseudo_split is None else pseudo_task(task, args.split_seed, args.pseudo_split)
 

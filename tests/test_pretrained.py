@@ -135,17 +135,17 @@ def test_a_clip_of_a_new_head_has_its_classes(tiny):
 
 
 def test_what_is_wrong_with_a_clip_is_said(tiny, tmp_path):
-    given = task(["a", "b"], 32)
     wrong = str(tmp_path / "wrong.pt")
     torch.save({"other": torch.zeros(1)}, wrong)
     for arch, weights, message in [
         ("clip:ViT-B-33", "none", "--arch clip:ViT-B-33: open_clip has no such model; it has .*ViT-B-32"),
         ("clip:ViT-B-32", "mine", "--weights mine: neither a file nor a tag of open_clip's ViT-B-32; it has openai"),
         ("clip:ViT-B-32", None, "another activation than the weights openai; take clip:ViT-B-32-quickgelu"),
-        ("clip:ViT-B-32", "none", "clip:ViT-B-32: needs images of 224x224, these are 32x32; .* take --image-size 224"),
+        ("clip:ViT-B-32", "none", "clip:ViT-B-32: needs images of 224x224, these are 48x48; .* take --image-size 224"),
         ("clip:tiny", wrong, "does not fit the model; missing"),
         ("resnet18", None, "--arch resnet18: vtab has no source images, so it takes a clip:NAME"),
     ]:
+        given = task(["a", "b"], 48 if "48x48" in message else 32)
         with pytest.raises(InputError, match=message):
             models.source_model(given, arch, weights=weights, cache=tmp_path / "new")
     assert not (tmp_path / "new").exists()
