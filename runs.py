@@ -30,7 +30,7 @@ from tyro.conf import FlagCreatePairsOff
 
 import data
 import files
-from eval import accuracies, compared, footnote, mean_percent, number, read_run, table
+from eval import accuracies, alg_gammas, compared, footnote, mean_percent, number, read_run, table
 from files import InputError
 from models import predict
 
@@ -49,8 +49,11 @@ class RunArgs:
     resident: Literal["auto", "on", "off"] = "auto"  # keep training images on the device; auto: on CUDA, if they fit
     runs_dir: str = "runs"  # where run folders and source models are kept
     name: data.default(str, "the script's") = None  # the method's name in the run folder, to keep variants apart
+    calibrate: data.default(Literal["alg"] | float, "none", "BIAS") = (
+        None  # on unseen logits, in the end: alg, a number
+    )
     checkpoint_every: float = 5.0  # minutes between checkpoints; 0: one after every step
-    save_model: bool = True  # keep the adapted weights as model.pt
+    save_model: FlagCreatePairsOff[bool] = True  # keep the adapted weights as model.pt
     overwrite: FlagCreatePairsOff[bool] = False  # start anew, whatever the run folder holds
 
 
@@ -66,6 +69,8 @@ def parse(args_class):
             data.check_flag(name, getattr(args, name), low, high)
         if args.name and (Path(args.name).name != args.name or args.name == ".."):
             raise InputError(f"--name {args.name}: must be the name of a folder, not a path")
+        if args.calibrate != "alg":
+            data.check_flag("calibrate", args.calibrate, -data.MOST)
     except InputError as error:
         fail(error)
     return args
@@ -292,9 +297,23 @@ class Run:
         print(f"{epoch:5d}{cells}{number(speed, 10, 0)}{number(seconds, 9, 1)}{more}", flush=True)
         return figures
 
+    def calibrate(self, model):
+        """Add the bias of --calibrate to the head's; returns it. No checkpoint has it: a run killed here adds it once."""
+        gamma, train = self.args.calibrate, self.task.target_train
+        if gamma is None or not hasattr(model, "head"):  # two models' logits have no head in common
+            return None
+        if gamma == "alg":
+            train_logits = predict(model, train.images)
+            gamma = alg_gammas(train_logits, train.labels, self.source["train"], self.task.seen)["alg_source"] or 0.0
+        with torch.no_grad():
+            model.head.bias += gamma * ~self.task.seen.to(model.head.bias.device)
+        self.write_line(len(self.lines), model, None, {"gamma": gamma})
+        return gamma
+
     def finish(self, model):
         """Save what `model`, the one evaluated last, is and predicts. With done.json, the last file, it is finished."""
         self.stop.release()
+        gamma = self.calibrate(model)
         test, train = self.task.target_test, self.task.target_train
         arrays = {"test_logits": self.test_logits, "test_labels": test.labels.numpy()}
         arrays |= {"train_logits": predict(model, train.images), "train_labels": train.labels.numpy()}
@@ -309,7 +328,7 @@ class Run:
         final = accuracies(arrays["test_logits"], arrays["test_labels"], arrays["seen"])
         command = shlex.join(["python", f"methods/{Path(sys.argv[0]).name}", *sys.argv[1:]])
         done = {"source": self.source["figures"], "final": final, "args": self.record, "command": command}
-        done |= {"seconds": time.perf_counter() - self.started, "versions": versions(model)}
+        done |= {"calibration": gamma, "seconds": time.perf_counter() - self.started, "versions": versions(model)}
         files.write_text(self.folder / "done.json", json.dumps(done, indent=2))
         (self.folder / "checkpoint.pt").unlink(missing_ok=True)
         print(result_table(done))

@@ -237,6 +237,8 @@ def wrong():
             for value in values:
                 yield method, [f"--{flag}", value], flag
     yield "wise_ft", ["--name", "../up"], "name"
+    for value in ("nan", "pcv", ""):
+        yield "naive_ft", ["--calibrate", value], "calibrate"
     yield "wise_ft", ["--name", ".."], "name"
     yield "naive_ft", ["--amp", "float64"], "amp"
     yield "naive_ft", ["--oracle", "yes"], "yes"

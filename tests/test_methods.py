@@ -200,6 +200,20 @@ def test_a_script_and_its_modules_are_all_it_takes(method, tmp_path, runs_dir, r
     assert (tmp_path / "runs" / "digits" / "mnist-optdigits" / method / "split0-seed0" / "done.json").exists()
 
 
+def test_a_calibrated_run_has_its_bias_in_the_head(run_method, read):
+    plain = run_method("ht_distill", "--name", "plain")[1]
+    for how, gamma in (("alg", evaluation.read_run(plain)["alg_source"]["gamma"]), ("-1.5", -1.5)):
+        names, folder = run_method("ht_distill", "--calibrate", how, "--name", f"calibrated {how}")
+        (done, arrays, log), (_, before, _) = read(folder), read(plain)
+        assert done["calibration"] == pytest.approx(gamma, abs=1e-5)
+        biased = before["test_logits"] + done["calibration"] * ~before["seen"]
+        np.testing.assert_allclose(arrays["test_logits"], biased, atol=1e-4)
+        model = torch.load(folder / "model.pt", weights_only=True)["model"]
+        assert torch.equal(model["head.bias"], names["model"].head.bias)
+        assert log[-1]["gamma"] == done["calibration"] and log[-1]["overall"] == done["final"]["overall"]
+    assert read(plain)[0]["calibration"] is None
+
+
 # ---------------------------------------------------------------- a reader's own script
 
 MINE = (ROOT / "methods" / "l2_sp.py").read_text()
