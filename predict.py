@@ -93,7 +93,7 @@ def find_images(paths):
 def decode(file, model):
     """(file, uint8 [channels, side, side], as the run's images were decoded), or (file, why it cannot be read)."""
     try:
-        pixels = read_image(file, model.image_size)
+        pixels = read_image(file, model.image_size, "crop" if model.arch.startswith("clip:") else "squash")
     except ValueError as error:
         return file, str(error)
     if model.channels == 1:

@@ -298,7 +298,7 @@ class Run:
         return figures
 
     def calibrate(self, model):
-        """Add the bias of --calibrate to the head's; returns it. No checkpoint has it: a run killed here adds it once."""
+        """Add the bias of --calibrate to the head's; returns it. No checkpoint has it: a killed run adds it once."""
         gamma, train = self.args.calibrate, self.task.target_train
         if gamma is None or not hasattr(model, "head"):  # two models' logits have no head in common
             return None

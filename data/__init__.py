@@ -33,7 +33,7 @@ from .femnist import FEMNIST
 from .flags import LEAST, MOST, TaskArgs, by_recipe, check_flag, default
 from .folder import FOLDER, Domain
 from .glyphs import GLYPHS, glyphs
-from .images import Images, open_images
+from .images import Images, open_images, pick
 from .inat_fungi import INAT_FUNGI
 from .iwildcam import IWILDCAM
 from .office_home import OFFICE_HOME
@@ -117,6 +117,14 @@ def choose_seen(seen_classes, classes, present, split_seed, paper=None):
     seen = torch.zeros(len(classes), dtype=torch.bool)
     seen[torch.as_tensor(index)] = True
     return seen
+
+
+def seen_flag(args, paper, class_count):
+    """--seen-classes, or the data set's default where it is left out; half of the classes as a number."""
+    value = args.seen_classes or DATASETS[args.dataset].get("seen", "half")
+    if args.seen_classes is None and value == "paper" and paper is None:
+        value = "half"
+    return str(class_count // 2) if value == "half" else value
 
 
 def home(dataset, data_root):
@@ -204,10 +212,17 @@ def load_domain(domain, args):
 
 def make_split(domain, index, augmentation):
     """The Split of the images `index` of a Domain."""
-    images = domain.images
-    images = images.subset(index) if isinstance(images, Images) else torch.from_numpy(images[index])
-    group = None if domain.group is None else domain.group[index]
-    return Split(images, torch.from_numpy(domain.labels[index]), augmentation, group)
+    images, labels = pick(domain.images, index), torch.from_numpy(domain.labels[index])
+    images = images if isinstance(images, Images) else torch.from_numpy(images)
+    return Split(images, labels, augmentation, pick(domain.group, index))
+
+
+def source_splits(domain, augmentation):
+    """The training and the test Split of the source's Domain, always the same; (None, None) if there are no images."""
+    if domain is None:
+        return None, None
+    index = split_domain(domain, 0.9, np.random.default_rng(0), keep_single=True)
+    return [make_split(domain, part, augmentation) for part in index]
 
 
 def load_task(args):
@@ -232,9 +247,7 @@ def load_task(args):
     train, test = split_domain(here, 0.7, np.random.default_rng((args.split_seed, 1)))
     present = np.isin(np.arange(len(classes)), here.labels[train])
     paper = entry.get("paper", {}).get(source)
-    seen_classes = args.seen_classes or entry.get("seen", "half")
-    if seen_classes == "half" or (args.seen_classes is None and seen_classes == "paper" and paper is None):
-        seen_classes = str(len(classes) // 2)
+    seen_classes = seen_flag(args, paper, len(classes))
     seen = choose_seen(seen_classes, classes, present, args.split_seed, paper)
     labelled = int(seen.numpy()[here.labels[train]].sum())  # an oracle trains as long as the others
     if not args.oracle:
@@ -243,10 +256,7 @@ def load_task(args):
         raise InputError(f"--oracle: the target {target} has training images of the seen classes only")
     if not len(test):
         raise InputError(f"--target {target}: no image is left to test on")
-    splits = [None, None]
-    if whole is not None:
-        index = split_domain(whole, 0.9, np.random.default_rng(0), keep_single=True)
-        splits = [make_split(whole, part, entry["augmentation"]) for part in index]
+    splits = [*source_splits(whole, entry["augmentation"])]
     splits += [make_split(here, part, entry["augmentation"]) for part in (train, test)]
     recipes = recipes_of(args, entry, labelled, splits[0] and len(splits[0].labels))
     task = Task(args.dataset, source, target, classes, seen, *splits, *recipes, seen_classes)
@@ -268,5 +278,4 @@ def relabel(domain, classes, name, ignore_unknown):
     kept = np.flatnonzero(labels >= 0)
     if not len(kept):
         raise InputError(f"--target {name}: none of its images is of a class of the source")
-    images = domain.images.subset(kept) if isinstance(domain.images, Images) else domain.images[kept]
-    return domain._replace(labels=labels, classes=classes).take(images, kept)
+    return domain._replace(labels=labels, classes=classes).take(pick(domain.images, kept), kept)

@@ -9,7 +9,7 @@ import torch
 from files import InputError
 
 from .augmentation import generator, random_affine, random_photo
-from .images import Images
+from .images import Images, pick
 
 
 def upload(images, device):
@@ -121,9 +121,7 @@ class Split:
 
     def take(self, index):
         """The Split of the images `index`, int64 [n], a numpy array."""
-        images = self.images.subset(index) if isinstance(self.images, Images) else self.images[index]
-        group = None if self.group is None else self.group[index]
-        return Split(images, self.labels[index], self.augmentation, group)
+        return Split(pick(self.images, index), self.labels[index], self.augmentation, pick(self.group, index))
 
     def batches(self, batch_size, device, seed, augment=True, resident="auto"):
         """See Batches."""

@@ -1,6 +1,5 @@
 """Downloads that go on where they stopped, and archives that are unpacked whole or not at all."""
 
-import hashlib
 import shutil
 import tarfile
 import urllib.error
@@ -47,17 +46,11 @@ def fetch(url, path, md5=None):
     if total is not None and part.stat().st_size != total:
         more = "the same command goes on" if part.stat().st_size < total else f"delete {part}"
         raise InputError(f"--download: {url}: {part.stat().st_size:,} of {total:,} bytes came; {more}")
-    if md5 and not has_md5(part, md5):
+    from torchvision.datasets.utils import check_md5  # takes a second to import
+
+    if md5 and not check_md5(part, md5):
         raise InputError(f"--download: {part}: its md5 is not {md5}, so it is damaged; delete it and start again")
     part.replace(path)
-
-
-def has_md5(path, md5):
-    digest = hashlib.md5(usedforsecurity=False)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest() == md5
 
 
 def unpack(archive, root, keep=lambda name: True):

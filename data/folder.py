@@ -9,6 +9,8 @@ import numpy as np
 
 from files import InputError
 
+from .images import pick
+
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 # The published base recipe (batch 64, 20 x 500 steps, 1e-3 and 1e-4) and a bound on the gradient, which is ours, as is
@@ -39,8 +41,7 @@ class Domain(NamedTuple):
 
     def take(self, images, index):
         """The Domain of the images `index`, int64 [n], which are given as they are kept from here on."""
-        labels, test, group = (array if array is None else array[index] for array in self[1:2] + self[3:])
-        return Domain(images, labels, self.classes, test, group)
+        return Domain(images, self.labels[index], self.classes, pick(self.test, index), pick(self.group, index))
 
 
 def need(path, about):

@@ -87,6 +87,13 @@ class Images:
         return self.key.encode() + self.index.tobytes()
 
 
+def pick(array, index):
+    """array[index] for an int64 array; of Images those, still in their file; None of None."""
+    if isinstance(array, Images):
+        return array.subset(index)
+    return None if array is None else array[index]
+
+
 def open_images(name, root, files, size, cache, skip_bad=False, fit="squash"):
     """(Images, indices int64 of the files that they are of) for a list of paths below root. fit: as in read_image.
 

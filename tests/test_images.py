@@ -447,3 +447,24 @@ def test_domainnet_is_fetched_and_unpacked(server, tmp_path, monkeypatch):
     asked = Ranges.asked
     load_task("domainnet", "real", "clipart", data_root=tmp_path / "new", image_size=8, download=True)
     assert Ranges.asked == asked, "what is there is not fetched again"
+
+
+def test_flowers_are_fetched_each_file_to_its_place(server, tmp_path, monkeypatch):
+    url, www = server
+    replicas.vtab(www)
+    base = www / "vtab" / "flowers-102"
+    with tarfile.open(www / "102flowers.tgz", "w:gz") as file:
+        file.add(base / "jpg", "jpg")
+    for name in ("imagelabels.mat", "setid.mat"):
+        (base / name).rename(www / name)
+    here = [
+        (f"{url}{address.rpartition('/')[2]}", None, place) for address, _, place in data.vtab.ARCHIVES["flowers102"]
+    ]
+    monkeypatch.setitem(data.vtab.ARCHIVES, "flowers102", here)
+    new = tmp_path / "new"
+    task = load_task("vtab", "clip", "flowers102", "50", data_root=new, image_size=8, download=True)
+    assert len(task.target_test.labels) == 204
+    assert sorted(path.name for path in (new / "vtab/flowers-102").iterdir()) == ["imagelabels.mat", "jpg", "setid.mat"]
+    asked = Ranges.asked
+    data.vtab.download("flowers102", new / "vtab")
+    assert Ranges.asked == asked, "what is there is not fetched again"
