@@ -5,7 +5,8 @@ their average. What differs between subsets is class-specific and cancels (holis
 2311.01420). The steps of all copies count, and as many whole rounds as fit are run, one at least.
 
 The paper's cross-entropy is over all C logits. --ce subset and --ce seen, over fewer, are ours: this is masking, as in
-masked_ft. M, tau and the left-out share are ours too; momentum starts anew in each copy.
+masked_ft. M, tau and the left-out share are ours too; momentum starts anew in each copy. The paper combines it with its
+distillation, rank and frozen head: --relations-weight 1 --rank-weight 0.1 --freeze-head, weights ours.
 
     python methods/lolsgd.py    # overall 79.8 ± 2.9, unseen 61.2 on mnist to optdigits; --ce subset: 91.1 ± 1.9, 86.6
 """
@@ -31,6 +32,9 @@ class Method:
     tau: int = 5  # steps of a copy per round
     left_out: float = 0.2  # share of the seen classes that a copy does without
     ce: Literal["all", "seen", "subset"] = "all"  # whose logits cross-entropy compares: all, the seen, the copy's
+    relations_weight: float = 0.0  # of the paper's distillation, see ht_distill
+    rank_weight: float = 0.0  # of the decorrelation of features, see ht_distill
+    freeze_head: bool = False  # keep the source model's head
 
 
 @dataclass
@@ -62,6 +66,19 @@ def draw_classes(seen, left_out, rng):
     return kept
 
 
+def relations(logits, source_logits, seen):
+    """KL inside the unseen classes, mean over images: blind to a constant on all their logits. seen: bool [C]."""
+    z, source_z = (x.masked_fill(seen, -1e4).log_softmax(1) for x in (logits, source_logits))
+    return F.kl_div(z, source_z, reduction="batchmean", log_target=True)
+
+
+def rank(features):
+    """Mean squared correlation of two features over the batch [N, D] (FedDecorr, arXiv 2210.00226), which keeps their
+    rank high. At a batch of 64 their code's term is 62 times this one."""
+    z = (features - features.mean(0)) / (features.std(0, unbiased=False) + 1e-6)  # a dead feature stays 0
+    return (z.T @ z / len(z)).fill_diagonal_(0).square().sum() / (z.shape[1] * (z.shape[1] - 1))
+
+
 @torch.no_grad()
 def end_copy(weights, start):
     """How far a copy has moved from start, a list of tensors; puts its weights back there for the next copy."""
@@ -88,6 +105,8 @@ if __name__ == "__main__":
         data.check_flag("copies", args.copies, 1)
         data.check_flag("tau", args.tau, 1)
         data.check_flag("left_out", args.left_out, 0, 1)
+        data.check_flag("relations_weight", args.relations_weight)
+        data.check_flag("rank_weight", args.rank_weight)
         task = data.load_task(args)
         args = run.open(task)
         models.tune_process()
@@ -97,6 +116,7 @@ if __name__ == "__main__":
         source_model = models.source_model(task, args.arch, device, amp, *start, args.runs_dir, run.stop)
         torch.manual_seed(args.seed)
         model = copy.deepcopy(source_model)
+        model.head.requires_grad_(not args.freeze_head)
         if args.compile:
             model.compile()
         rates = [{"params": model.backbone.parameters(), "lr": args.backbone_lr}]
@@ -112,8 +132,9 @@ if __name__ == "__main__":
         seen = task.seen | args.oracle  # with images of all classes, none is unseen
         draws = [data.generator("cpu", args.seed, 4, m) for m in range(rounds * args.copies)]
         subsets = torch.stack([draw_classes(seen, args.left_out, rng) for rng in draws])
-        everything = torch.ones_like(subsets)
-        compared = {"all": everything, "seen": seen & everything, "subset": subsets}[args.ce].to(device)
+        compared = {"all": torch.ones_like(subsets), "seen": seen.expand_as(subsets), "subset": subsets}[args.ce].to(
+            device
+        )
         local = {}  # of the round under way: the weights at its start, and the movement of each copy
 
         run.start(model)
@@ -130,8 +151,14 @@ if __name__ == "__main__":
                 if step % args.tau == 0:
                     optimizer.state.clear()  # a copy starts without momentum
                 images, labels = batches(step, subsets[number])
-                logits = model(images).masked_fill(~compared[number], -torch.inf)
-                loss = F.cross_entropy(logits, labels)
+                logits, features = model(images, return_features=True)
+                loss = F.cross_entropy(logits.masked_fill(~compared[number], -torch.inf), labels)
+                if args.relations_weight:
+                    with torch.no_grad():
+                        source_logits = source_model(images)
+                    loss += args.relations_weight * relations(logits, source_logits, seen.to(device))
+                if args.rank_weight:
+                    loss += args.rank_weight * rank(features)
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()
                 scaler.unscale_(optimizer)

@@ -55,7 +55,7 @@ def fit_head(head, features, labels, steps, batch_size, lr, weight_decay, rng):
     """
     optimizer = torch.optim.SGD(head.parameters(), lr, 0.9, nesterov=True, weight_decay=weight_decay, fused=True)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    index = torch.randint(len(labels), (steps, batch_size), generator=rng, device=labels.device)
+    index = torch.randint(len(labels), (steps, batch_size), generator=rng).to(labels.device)
     for block in index.split(64):  # gathered together: a step is so short that its own gathering shows
         for x, y in zip(features[block], labels[block], strict=True):
             loss = F.cross_entropy(head(x), y)
@@ -102,7 +102,7 @@ if __name__ == "__main__":
         if run.steps == 0:  # a run that goes on has its probe behind it
             _, features = models.predict(model, task.target_train.images, return_features=True)
             features, labels = torch.from_numpy(features).to(device), task.target_train.labels.to(device)
-            rng = data.generator(device, args.seed, 2)
+            rng = data.generator("cpu", args.seed, 2)  # the same draws on every device
             fit_head(model.head, features, labels, args.probe_steps, args.batch_size, args.lr, args.weight_decay, rng)
             probe = 100 * (model.head(features).argmax(1) == labels).float().mean()
             print(f"after the probe the head has {probe:.2f} % on the training images")

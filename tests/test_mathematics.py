@@ -286,6 +286,19 @@ def test_a_copy_trains_on_its_own_classes(run_method, monkeypatch):
     assert len({kept for _, kept in given}) > 2
 
 
+def test_lolsgd_with_the_papers_other_terms(run_method, read):
+    """The functions are ht_distill's to the letter; the head stays, and the terms change what is trained."""
+    texts = [(ROOT / "methods" / f"{name}.py").read_text() for name in ("ht_distill", "lolsgd")]
+    for name in ("relations", "rank"):
+        bodies = [text[text.index(f"def {name}(") :].partition("\n\n\n")[0] for text in texts]
+        assert bodies[0] == bodies[1]
+    terms = ("--relations-weight", "1", "--rank-weight", "0.1", "--freeze-head")
+    names, folder = run_method("lolsgd", "--tau", "1", *terms, "--name", "lolsgd with terms")
+    _, alone = run_method("lolsgd", "--tau", "1", "--freeze-head", "--name", "lolsgd with its head")
+    assert torch.equal(names["model"].head.weight, names["source_model"].head.weight)
+    assert not np.array_equal(read(folder)[1]["test_logits"], read(alone)[1]["test_logits"])
+
+
 def test_one_copy_with_all_classes_is_sgd_that_forgets_its_momentum(run_method):
     flags = ("--copies", "1", "--left-out", "0", "--tau", "2", "--steps-per-epoch", "4", "--name", "one")
     names = run_method("lolsgd", *flags)[0]
