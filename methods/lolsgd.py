@@ -4,9 +4,9 @@ Rounds: each of M copies takes tau SGD steps on images of a random subset of the
 their average. What differs between subsets is class-specific and cancels (holistic transfer, NeurIPS 2023, arXiv
 2311.01420). The steps of all copies count, and as many whole rounds as fit are run, one at least.
 
-The paper's cross-entropy is over all C logits. --ce subset and --ce seen, over fewer, are ours: this is masking, as in
-masked_ft. M, tau and the left-out share are ours too; momentum starts anew in each copy. The paper combines it with its
-distillation, rank and frozen head: --relations-weight 1 --rank-weight 0.1 --freeze-head, weights ours.
+The paper's cross-entropy is over all C logits; --ce subset and --ce seen, masking as in masked_ft, are ours, and so are
+M, tau and the left-out share. Momentum starts anew in each copy. The paper combines it with its distillation, rank and
+frozen head: --relations-weight 1 --rank-weight 0.1 --freeze-head, weights ours.
 
     python methods/lolsgd.py    # overall 79.8 ± 2.9, unseen 61.2 on mnist to optdigits; --ce subset: 91.1 ± 1.9, 86.6
 """
@@ -132,9 +132,8 @@ if __name__ == "__main__":
         seen = task.seen | args.oracle  # with images of all classes, none is unseen
         draws = [data.generator("cpu", args.seed, 4, m) for m in range(rounds * args.copies)]
         subsets = torch.stack([draw_classes(seen, args.left_out, rng) for rng in draws])
-        compared = {"all": torch.ones_like(subsets), "seen": seen.expand_as(subsets), "subset": subsets}[args.ce].to(
-            device
-        )
+        compared = {"all": torch.ones_like(subsets), "seen": seen.expand_as(subsets), "subset": subsets}[args.ce]
+        compared = compared.to(device)
         local = {}  # of the round under way: the weights at its start, and the movement of each copy
 
         run.start(model)
