@@ -102,11 +102,9 @@ def end_round(weights, moved):
 if __name__ == "__main__":
     args = runs.parse(Args)
     with runs.Run(__file__, args) as run:
-        data.check_flag("copies", args.copies, 1)
-        data.check_flag("tau", args.tau, 1)
+        for flag, least in (("copies", 1), ("tau", 1), ("relations_weight", 0), ("rank_weight", 0)):
+            data.check_flag(flag, getattr(args, flag), least)
         data.check_flag("left_out", args.left_out, 0, 1)
-        data.check_flag("relations_weight", args.relations_weight)
-        data.check_flag("rank_weight", args.rank_weight)
         task = data.load_task(args)
         args = run.open(task)
         models.tune_process()
