@@ -232,6 +232,27 @@ def test_a_pull_takes_few_operations(name, resnet50):
     resnet50.zero_grad()
 
 
+def test_an_update_and_the_flagships_terms_take_few_operations(resnet50):
+    """Two groups of parameters, as every script has, of which CUDA makes lists; none for each parameter."""
+    rates = [{"params": resnet50.backbone.parameters(), "lr": 0.1}, {"params": resnet50.head.parameters(), "lr": 0.2}]
+    optimizer = torch.optim.SGD(rates, momentum=0.9, nesterov=True, weight_decay=5e-4, foreach=True)
+    for _ in range(2):  # the first makes the momentum
+        for w in resnet50.parameters():
+            w.grad = torch.ones_like(w)
+        with CountOperations() as update:
+            torch.nn.utils.clip_grad_norm_(resnet50.parameters(), 5.0, foreach=True)
+            optimizer.step()
+    ht_distill, seen = method("ht_distill"), torch.arange(65) < 30
+    logits, source_logits = torch.randn(2, 16, 65)
+    with CountOperations() as terms:
+        ht_distill.relations(logits, source_logits, seen)
+        now = torch.stack([ht_distill.seen_share(z, seen) for z in (logits, source_logits)])
+        ht_distill.share(now, now, 0.5)
+        ht_distill.rank(torch.randn(64, 2048))
+    assert update.count + terms.count <= 250, (update.count, terms.count)
+    resnet50.zero_grad()
+
+
 # ---------------------------------------------------------------- lolsgd
 
 
