@@ -187,7 +187,7 @@ def test_a_diverging_run_stops(run_method, capsys):
     assert re.match(r"error: step [123]: the loss, (nan|inf), is not finite", error)
 
 
-@pytest.mark.parametrize("method", ["naive_ft", "ht_distill", "wise_ft"])  # test_siblings: all import the same
+@pytest.mark.parametrize("method", ["naive_ft", "ht_distill", "wise_ft"])  # test_methods_siblings: all import the same
 def test_a_script_and_its_modules_are_all_it_takes(method, tmp_path, runs_dir, run_method):
     run_method("naive_ft", "--name", "caches the source model", "--overwrite")
     for file in (f"methods/{method}.py", "models.py", "eval.py", "runs.py", "files.py"):

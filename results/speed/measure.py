@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -47,13 +47,13 @@ class Speed:
     """scripts by name, each with flags of its own if quoted"""
     rounds: int = 5
     """how often everything is measured; the medians count"""
-    steps: Annotated[int | None, data.default("INT", "60, on a GPU 1000")] = None
+    steps: data.default(int, "60, on a GPU 1000") = None
     """training steps of the small CNN per measurement, after a first epoch of as many that does not count"""
     archs: tuple[str, ...] = ("resnet50",)
     """networks for photographs"""
     photos: int = 160
     """training images of 300x300 pixels, drawn; half as many to test on"""
-    photo_steps: Annotated[int | None, data.default("INT", "6, on a GPU 100")] = None
+    photo_steps: data.default(int, "6, on a GPU 100") = None
     """training steps on them per measurement, after a first epoch of as many that does not count"""
     batch_size: int = 32
     """photographs per step"""

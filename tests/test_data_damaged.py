@@ -7,7 +7,7 @@ import pytest
 import replicas
 import torch
 from conftest import load_task
-from test_bad_input import damaged
+from test_runs_bad_input import damaged
 
 from data import femnist, iwildcam
 from files import InputError

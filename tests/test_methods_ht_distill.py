@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_mathematics import method
+from test_methods_mathematics import method
 
 SEEN = torch.tensor([True, False, True, False, False])
 
