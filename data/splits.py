@@ -42,7 +42,7 @@ def split_domain(domain, share, rng, keep_single=False):
 
 def pseudo_task(task, split_seed, number, left_out=0.4):
     """The task that PCV calibration (arXiv 2409.16223) adapts to: the share left_out of the seen classes plays the
-    unseen ones (40 %, ours), the test images are 30 % of the target's training images, and truly unseen classes have none.
+    unseen ones (40 % is ours), the test images are 30 % of the training images, and truly unseen classes have none.
 
     Runs 0, 1, 2 ... leave out one class after the other in an order drawn by split_seed, so each gets its turn.
     Images of one group stay together: 30 % of the groups are for testing, and a class that only they show plays an
