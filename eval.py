@@ -188,7 +188,7 @@ def best_gamma(logits, labels, seen):
 def pcv_gamma(splits):
     """PCV, pseudo cross-validation (arXiv 2409.16223): (gamma, its spread).
     splits: (logits, labels, seen) of the held-out training images of runs in which other seen classes play the unseen.
-    gamma is the best for all images together, the spread that of the splits' own. The paper takes the mean of these, where
+    gamma is the best for all images together, the spread that of their own. The paper takes the mean of these, where
     pseudo-unseen accuracy is not under the source model's: a condition that ours has not."""
     points = [named(f"pseudo split {i}", flip_points, *split) for i, split in enumerate(splits)]
     own = [best_bias(*point) for point in points]
