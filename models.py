@@ -186,12 +186,9 @@ class ClipImages(nn.Module):
 
 def clip_classifier(arch, classes, sides, weights=None, names=None, device="cpu"):
     """The Classifier of clip:NAME for images [3, H, W] of CLIP's own sides (H, W), or at most 32, with a new head.
-
-    With the names of the classes the head is CLIP's zero-shot classifier, computed on the device. A row is the mean
-    embedding of a name in the 80 templates that OpenAI used for ImageNet, times the logit scale; the bias is 0. These
-    templates and how a class is called are our choice: for some data sets OpenAI published others. OpenAI resizes the
-    short side of an image (bicubic) and crops the centre; open_clip squashes the images of some later models instead.
-    weights: a tag of open_clip (None: openai; downloaded), a file with a state dict of the whole CLIP, or none.
+    Given the classes' names, it is CLIP's zero-shot classifier: a row is a name's mean embedding in the 80 templates
+    that OpenAI used for ImageNet, times the logit scale (for some sets OpenAI published others). open_clip squashes the
+    images of some later models, here all are cropped. weights: a tag of open_clip (None: openai), a file, or none.
     """
     open_clip, name = load(arch, importlib.import_module, "open_clip"), arch.removeprefix("clip:")
     if name not in open_clip.list_models():

@@ -211,8 +211,7 @@ class Run:
         raise SystemExit(0)
 
     def start(self, model, **extras):
-        """Evaluate the source model as epoch 0, and start the folder in place of what was there. extras: numbers or
-        lists for the line in log.jsonl. Does nothing if a checkpoint has it."""
+        """Evaluate the source model as epoch 0 and start the folder anew, with extras in its log, unless it is done."""
         before, self.origin = self.origin, fingerprint(model, self.task)
         if self.lines:
             if before != self.origin:
@@ -230,8 +229,7 @@ class Run:
         self.source |= {"figures": figures, "train_accuracy": extras["train"]}
 
     def resume(self, **parts):
-        """Put the parts, all that a step changes, where the checkpoint of an earlier start left them, if there is one.
-        From here on a signal waits for the end of a step and for its checkpoint."""
+        """Put the parts, all that a step changes, where an earlier start left them. From here on a signal waits."""
         self.checkpoint.resume(**parts)
         self.clock = time.perf_counter()
         if self.checkpoint.content:
@@ -246,8 +244,7 @@ class Run:
         files.write_text(self.folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def step(self, loss, images, **extras):
-        """Count a training step. The loss and extras, scalar tensors whose means go into the log, stay on their device
-        until an evaluation or a checkpoint is due."""
+        """Count a step. The loss and extras, scalar tensors whose means are logged, stay on their device until then."""
         self.steps += 1
         self.images += len(images)
         for name, value in {"loss": loss, **extras}.items():
