@@ -201,7 +201,7 @@ def test_a_script_and_its_modules_are_all_it_takes(method, tmp_path, runs_dir, r
 
 
 def test_a_calibrated_run_has_its_bias_in_the_head(run_method, read):
-    plain = run_method("ht_distill", "--name", "plain")[1]
+    plain = run_method("ht_distill", "--name", "uncalibrated")[1]
     for how, gamma in (("alg", evaluation.read_run(plain)["alg_source"]["gamma"]), ("-1.5", -1.5)):
         names, folder = run_method("ht_distill", "--calibrate", how, "--name", f"calibrated {how}")
         (done, arrays, log), (_, before, _) = read(folder), read(plain)
