@@ -42,9 +42,7 @@ HEADER = "epoch     loss    seen  unseen overall  images/s  seconds"
 @dataclasses.dataclass
 class RunArgs:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    amp: Literal["auto", "bfloat16", "float16", "off"] = (
-        "auto"  # autocast; auto: not for small networks; off on CUDA: TF32
-    )
+    amp: Literal["auto", "bfloat16", "float16", "off"] = "auto"  # autocast; auto: not if small; off on CUDA: TF32
     compile: FlagCreatePairsOff[bool] = False  # torch.compile the model
     resident: Literal["auto", "on", "off"] = "auto"  # keep training images on the device; auto: on CUDA, if they fit
     runs_dir: str = "runs"  # where run folders and source models are kept
