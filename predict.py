@@ -30,7 +30,6 @@ from data.folder import EXTENSIONS
 from files import InputError, read_checkpoint, write_atomic
 
 COLUMNS = ("file", "class", "probability", "group", "runner_up")
-HEAD = {"torchvision": "the last linear layer", "timm": "get_classifier()"}
 
 
 @dataclass

@@ -131,7 +131,7 @@ if __name__ == "__main__":
         draws = [data.generator("cpu", args.seed, 4, m) for m in range(rounds * args.copies)]
         subsets = torch.stack([draw_classes(seen, args.left_out, rng) for rng in draws])
         compared = {"all": torch.ones_like(subsets), "seen": seen.expand_as(subsets), "subset": subsets}[args.ce]
-        compared = compared.to(device)
+        compared, seen = compared.to(device), seen.to(device)
         local = {}  # of the round under way: the weights at its start, and the movement of each copy
 
         run.start(model)
@@ -153,7 +153,7 @@ if __name__ == "__main__":
                 if args.relations_weight:
                     with torch.no_grad():
                         source_logits = source_model(images)
-                    loss += args.relations_weight * relations(logits, source_logits, seen.to(device))
+                    loss += args.relations_weight * relations(logits, source_logits, seen)
                 if args.rank_weight:
                     loss += args.rank_weight * rank(features)
                 optimizer.zero_grad()
