@@ -91,6 +91,14 @@ def rank(features):
     return (z.T @ z / len(z)).fill_diagonal_(0).square().sum() / (z.shape[1] * (z.shape[1] - 1))
 
 
+def effective_rank(features):
+    """exp of the entropy of the centred features' [N, D] singular values (Roy and Vetterli, 2007): from 1 to D."""
+    z = torch.as_tensor(features).double()
+    z = z - z.mean(0)
+    values = torch.linalg.eigvalsh(z.T @ z).clamp_min(0).sqrt()
+    return torch.special.entr(values / values.sum()).sum().exp().item()
+
+
 if __name__ == "__main__":
     args = runs.parse(Args)
     with runs.Run(__file__, args) as run:
@@ -119,8 +127,10 @@ if __name__ == "__main__":
         prior = seen.float().mean() if args.seen_prior is None else args.seen_prior
         cut_images = max(2, args.batch_size // 4) if args.share_weight else 0
         local = {}  # the running means of the share: the model's, the source model's
+        every = 1 + len(task.target_train.labels) // 1000
+        some = task.target_train.images[::every]  # do their features become alike?
 
-        run.start(model)
+        run.start(model, effective_rank=effective_rank(models.predict(model, some, True)[1]))
         run.resume(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, local=local)
         for epoch in range(run.epoch, args.epochs + 1):
             model.train()
@@ -152,5 +162,5 @@ if __name__ == "__main__":
                 scaler.update()
                 scheduler.step()
                 run.step(loss, images)
-            run.evaluate(epoch, model)
+            run.evaluate(epoch, model, effective_rank=effective_rank(models.predict(model, some, True)[1]))
         run.finish(model)

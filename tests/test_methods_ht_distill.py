@@ -117,6 +117,30 @@ def test_rank(ht_distill):
     assert torch.isfinite(dead.grad).all(), "features that ReLU has switched off must not give nan"
 
 
+def test_effective_rank(ht_distill):
+    """Of k orthogonal directions of one length it is k, of lengths 3 and 1 exp(H(3/4, 1/4)), whatever is added."""
+    basis = torch.linalg.qr(torch.cat([torch.ones(50, 1), torch.randn(50, 6)], 1).double())[0][:, 1:]
+    for k in (1, 3, 6):
+        assert ht_distill.effective_rank(basis[:, :k] + 7) == pytest.approx(k, abs=1e-6)
+    want = math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
+    two = basis[:, :2] * torch.tensor([3.0, 1.0])
+    turned = two @ torch.linalg.qr(torch.randn(2, 2).double())[0]
+    for features in (two, turned, turned.numpy(), torch.cat([two, torch.zeros(50, 3).double()], 1)):
+        assert ht_distill.effective_rank(features) == pytest.approx(want, abs=1e-6)
+
+
+def test_a_run_logs_the_rank_before_and_after(run_method, read):
+    names, folder = run_method("ht_distill", "--dataset", "digits")
+    _, _, log = read(folder)
+    ranks = [line["effective_rank"] for line in log]
+    assert len(ranks) == 3 and all(1 < rank < 128 for rank in ranks) and len(set(ranks)) == 3
+    images = names["task"].target_train.images
+    features = names["models"].predict(names["model"], images, return_features=True)[1].astype(np.float64)
+    values = np.linalg.svd(features - features.mean(0), compute_uv=False)
+    share = values[values > 0] / values.sum()
+    assert ranks[-1] == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-6)
+
+
 NO_TERM = ("--relations-weight", "0", "--share-weight", "0", "--rank-weight", "0")
 
 
