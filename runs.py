@@ -77,7 +77,8 @@ def fail(error):
     raise SystemExit(2) from None
 
 
-LIMITS = dict.fromkeys(("epochs", "steps_per_epoch", "batch_size", "source_steps"), (1, 2**63 - 1))
+COUNTS = ("epochs", "steps_per_epoch", "batch_size", "source_steps", "source_batch_size")
+LIMITS = dict.fromkeys(COUNTS, (1, 2**63 - 1))
 LIMITS |= dict.fromkeys(("seed", "split_seed", "source_seed", "pseudo_split"), (0, 2**63 - 1))
 LIMITS |= dict.fromkeys(("lr", "backbone_lr", "source_lr", "source_backbone_lr", "weight_decay"), (0, data.MOST))
 LIMITS |= {"checkpoint_every": (0, data.MOST), "clip_grad": (data.LEAST, math.inf)}

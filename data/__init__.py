@@ -155,8 +155,8 @@ def targets(dataset, source, data_root=None):
 def recipes_of(args, entry, images, source_images):
     """(recipe, source_recipe) of a Task with so many labelled images of the seen classes, and of the source (or None).
 
-    The flags --source-steps, --source-lr and --source-backbone-lr are put into the latter. Raises InputError if they
-    are given where the source model comes trained.
+    The flags --source-steps, --source-batch-size, --source-lr and --source-backbone-lr are put into the latter. Raises
+    InputError if they are given where the source model comes trained.
     """
     recipe = entry["recipe_for"](images) if "recipe_for" in entry else dict(entry["recipe"])
     if source_images is None:
@@ -165,7 +165,8 @@ def recipes_of(args, entry, images, source_images):
         source_recipe = entry["source_recipe_for"](source_images)
     else:
         source_recipe = entry["source_recipe"]
-    given = {"steps": args.source_steps, "lr": args.source_lr, "backbone_lr": args.source_backbone_lr}
+    given = {"steps": args.source_steps, "batch_size": args.source_batch_size}
+    given |= {"lr": args.source_lr, "backbone_lr": args.source_backbone_lr}
     for name, value in given.items():
         if value is not None and name not in source_recipe:
             raise InputError(f"--source-{name.replace('_', '-')} {value}: the source model comes trained; leave it out")

@@ -60,5 +60,6 @@ class TaskArgs:
     source_checkpoint: default(str, "none") = None  # a source model to start from instead of training one
     source_seed: int = 0  # of the source model's training
     source_steps: by_recipe(int, "source_steps") = None  # of the source model's training
+    source_batch_size: by_recipe(int, "source_batch_size") = None  # images per step of it
     source_lr: by_recipe(float, "source_lr") = None  # initial rate of its head
     source_backbone_lr: by_recipe(float, "source_backbone_lr") = None  # initial rate of its backbone

@@ -282,10 +282,15 @@ def test_help_is_grouped_and_says_what_none_stands_for():
 
 
 def test_the_source_models_training_has_flags(run_method, read, tmp_path, capsys):
-    flags = ("--source-steps", "7", "--source-lr", "0.01", "--source-backbone-lr", "0.02")
+    flags = ("--source-steps", "7", "--source-batch-size", "9", "--source-lr", "0.01", "--source-backbone-lr", "0.02")
     done, _, _ = read(run_method("naive_ft", *flags, runs=tmp_path)[1])
     assert "7/7" in capsys.readouterr().err
-    assert [done["args"][f"source_{name}"] for name in ("steps", "lr", "backbone_lr")] == [7, 0.01, 0.02]
+    assert [done["args"][f"source_{name}"] for name in ("steps", "batch_size", "lr", "backbone_lr")] == [
+        7,
+        9,
+        0.01,
+        0.02,
+    ]
     assert len(list((tmp_path / "source_models").glob("*.pt"))) == 1
     run_method("naive_ft", "--source-steps", "8", "--name", "other", runs=tmp_path)
     assert len(list((tmp_path / "source_models").glob("*.pt"))) == 2

@@ -201,7 +201,7 @@ def test_damaged_lists_of_seen_classes(tmp_path):
 
 def wrong():
     """(method, flags, the flag that the message must name)"""
-    for flag in ("epochs", "steps-per-epoch", "batch-size", "source-steps"):
+    for flag in ("epochs", "steps-per-epoch", "batch-size", "source-steps", "source-batch-size"):
         for value in ("0", "-1", "1.5", "many", "nan", ""):
             yield "naive_ft", [f"--{flag}", value], flag
     for flag in ("seed", "split-seed", "source-seed"):
