@@ -46,7 +46,7 @@ class RunArgs:
     compile: FlagCreatePairsOff[bool] = False  # torch.compile the model
     resident: Literal["auto", "on", "off"] = "auto"  # keep training images on the device; auto: on CUDA, if they fit
     runs_dir: str = "runs"  # where run folders and source models are kept
-    name: data.default(str, "the script's") = None  # the method's name in the run folder, to keep variants apart
+    name: data.default(str, "the script's") = None  # of the run's folder, to keep variants apart
     calibrate: data.default(Literal["alg"] | float, "none", "BIAS") = None  # on unseen logits, last: alg or a number
     checkpoint_every: float = 5.0  # minutes between checkpoints; 0: one after every step
     save_model: FlagCreatePairsOff[bool] = True  # keep the adapted weights as model.pt

@@ -55,7 +55,7 @@ class TaskArgs:
     image_size: default(int, PHOTO_RECIPE["image_size"]) = None  # side of the squares that photographs become
     skip_bad_images: FlagCreatePairsOff[bool] = False  # leave out images that cannot be read
     ignore_unknown_classes: FlagCreatePairsOff[bool] = False  # leave out target images of classes that the source lacks
-    arch: by_recipe(str, "arch") = None  # or another of torchvision, timm:NAME, clip:NAME
+    arch: by_recipe(str, "arch") = None  # also timm:NAME or clip:NAME
     weights: default(str, "imagenet") = None  # pretrained: imagenet, none, a file, a tag of open_clip
     source_checkpoint: default(str, "none") = None  # a source model to start from instead of training one
     source_seed: int = 0  # of the source model's training
