@@ -38,9 +38,10 @@ from .inat_fungi import INAT_FUNGI
 from .iwildcam import IWILDCAM
 from .office_home import OFFICE_HOME
 from .splits import pseudo_task, split_domain
+from .unlabelled import OWN, image_files, pool
 from .vtab import VTAB
 
-__all__ = ["LEAST", "MOST", "Batches", "TaskArgs", "by_recipe", "change_colours", "check_flag", "crop_resize"]
+__all__ = ["LEAST", "MOST", "OWN", "Batches", "TaskArgs", "by_recipe", "change_colours", "check_flag", "crop_resize"]
 __all__ += ["default", "digits", "generator", "glyphs", "random_affine", "random_photo"]
 
 DATASETS = {
@@ -65,6 +66,8 @@ class Task:
     recipe: the data set's values of the flags that the command line leaves open (architecture, epochs, rates);
     source_recipe: those of the source model's training. seen_classes: the flag's value, which chose the seen ones.
     source_train and source_test are None where the source model is published and its images are not (CLIP).
+    target_unlabelled: images of any class whose labels are all -1, for a script that asks for them; its first are
+    target_train's, none is target_test's.
     """
 
     dataset: str
@@ -79,6 +82,7 @@ class Task:
     recipe: dict
     source_recipe: dict
     seen_classes: str
+    target_unlabelled: Split | None = None
 
 
 def choose_seen(seen_classes, classes, present, split_seed, paper=None):
@@ -188,8 +192,9 @@ def choose_domains(args, domains):
     return source, target
 
 
-def load_domain(domain, args):
-    """The Domain of this name with its images decoded, or None where there are none to train a source model on."""
+def load_domain(domain, args, more=()):
+    """The Domain of this name with its images decoded, or None where there are none to train a source model on; and the
+    Images of more files, which belong to no class, or None."""
     entry, root = DATASETS[args.dataset], home(args.dataset, args.data_root)
     if args.download:
         if "download" not in entry:
@@ -198,17 +203,21 @@ def load_domain(domain, args):
         entry["download"](domain, root)
     found = entry["load"](domain, root)
     if found is None:
-        return None
+        return None, None
     found = Domain(*found)
     if isinstance(found.images, list):
         size = args.image_size or entry["recipe"]["image_size"]
         name, cache = f"{args.dataset}-{domain}", cache_folder(args.dataset, root)
         fit = "crop" if (args.arch or entry["recipe"]["arch"]).startswith("clip:") else "squash"
-        images, good = open_images(name, root, found.images, size, cache, args.skip_bad_images, fit)
-        return found.take(images, good)
+        images, good = open_images(name, root, [*found.images, *more], size, cache, args.skip_bad_images, fit)
+        count = np.count_nonzero(good < len(found.images))
+        own, others = (images.subset(part) for part in (slice(count), slice(count, None)))
+        return found.take(own, good[:count]), others if more else None
+    if more:
+        raise InputError(f"--unlabelled: {args.dataset} is not of image files, so no folder can add to it")
     if args.image_size is not None:
         raise InputError(f"--image-size {args.image_size}: the images of {domain} have one size; leave the flag out")
-    return found
+    return found, None
 
 
 def make_split(domain, index, augmentation):
@@ -226,12 +235,13 @@ def source_splits(domain, augmentation):
     return [make_split(domain, part, augmentation) for part in index]
 
 
-def load_task(args):
+def load_task(args, unlabelled=None):
     """The Task that the flags describe: a TaskArgs, or the arguments of a script, which hold them too.
 
     The target's images are split as published or else 7:3 within each class by `split_seed`, which also draws the seen
-    classes; the source's as published or else 9:1, always the same way. Raises InputError on anything that does not
-    exist, and on a target class that the source does not know, unless ignore_unknown_classes leaves its images out.
+    classes; the source's as published or else 9:1, always the same way. unlabelled: OWN or a folder, to ask for
+    target_unlabelled (see unlabelled.py). Raises InputError on anything that does not exist, and on a target class that
+    the source does not know, unless ignore_unknown_classes leaves its images out.
     """
     domains = domain_names(args.dataset, args.data_root)
     if args.split_seed < 0:
@@ -242,7 +252,8 @@ def load_task(args):
             f"--image-size {args.image_size}: the images of {args.dataset} have one size; leave the flag out"
         )
     source, target = choose_domains(args, domains)
-    whole, here = load_domain(source, args), load_domain(target, args)
+    more = image_files(unlabelled, home(args.dataset, args.data_root) / target) if unlabelled else ()
+    (whole, _), (here, others) = load_domain(source, args), load_domain(target, args, more)
     classes = whole.classes if whole else here.classes
     here = relabel(here, classes, target, args.ignore_unknown_classes)
     train, test = split_domain(here, 0.7, np.random.default_rng((args.split_seed, 1)))
@@ -250,17 +261,18 @@ def load_task(args):
     paper = entry.get("paper", {}).get(source)
     seen_classes = seen_flag(args, paper, len(classes))
     seen = choose_seen(seen_classes, classes, present, args.split_seed, paper)
-    labelled = int(seen.numpy()[here.labels[train]].sum())  # an oracle trains as long as the others
-    if not args.oracle:
-        train = train[seen.numpy()[here.labels[train]]]
-    elif not (present & ~seen.numpy()).any():
+    labelled = train[seen.numpy()[here.labels[train]]]
+    if args.oracle and not (present & ~seen.numpy()).any():
         raise InputError(f"--oracle: the target {target} has training images of the seen classes only")
     if not len(test):
         raise InputError(f"--target {target}: no image is left to test on")
+    used = train if args.oracle else labelled
     splits = [*source_splits(whole, entry["augmentation"])]
-    splits += [make_split(here, part, entry["augmentation"]) for part in (train, test)]
-    recipes = recipes_of(args, entry, labelled, splits[0] and len(splits[0].labels))
+    splits += [make_split(here, part, entry["augmentation"]) for part in (used, test)]
+    recipes = recipes_of(args, entry, len(labelled), splits[0] and len(splits[0].labels))  # an oracle trains as long
     task = Task(args.dataset, source, target, classes, seen, *splits, *recipes, seen_classes)
+    if unlabelled:
+        task.target_unlabelled = pool(here, train, used, others, entry["augmentation"])
     return task if args.pseudo_split is None else pseudo_task(task, args.split_seed, args.pseudo_split)
 
 

@@ -60,10 +60,15 @@ def folders(folder):
     return [name for name in entries(folder) if os.path.isdir(os.path.join(folder, name))]
 
 
+def classes_of(folder):
+    """The folders in a folder that are classes, not a heap of unlabelled images."""
+    return [name for name in folders(folder) if name != "unlabelled"]
+
+
 def class_tree(root, below):
     """(files, class names) of root/below/CLASS/*: paths below root, each with its class, both sorted by name."""
     files, names = [], []
-    for name in folders(root / below):
+    for name in classes_of(root / below):
         found = [f for f in entries(root / below / name) if f.lower().endswith(EXTENSIONS)]
         files += [f"{below}/{name}/{file}" for file in found]
         names += [name] * len(found)
@@ -99,6 +104,7 @@ ABOUT = """
 --dataset folder reads your own images from --data-root ROOT:
     ROOT/DOMAIN/CLASS/*.jpg (jpeg, png, webp, bmp)     at least two DOMAINs: the source and the target
     ROOT/DOMAIN/{train,test}/CLASS/*.jpg               the same with a split of your own
+    ROOT/DOMAIN/unlabelled/*.jpg                       images of any class, for the scripts that use such
 The classes are the source's folders; the target may lack some of them.
 """
 
@@ -113,7 +119,7 @@ def domains(root):
 
 def folder(domain, root):
     """root/DOMAIN/CLASS/*, or root/DOMAIN/{train,test}/CLASS/* where these two are all there is and hold folders."""
-    parts = folders(root / domain)
+    parts = classes_of(root / domain)
     if parts == ["test", "train"] and all(folders(root / domain / part) for part in parts):
         (train, names), (test, test_names) = (class_tree(root, f"{domain}/{part}") for part in ("train", "test"))
         return named(train + test, names + test_names, test=np.arange(len(train + test)) >= len(train))

@@ -65,7 +65,12 @@ def pseudo_task(task, split_seed, number, left_out=0.4):
     else:
         train, test = split_by_group(split.group, 0.7, rng)
         seen &= np.isin(np.arange(len(seen)), labels[train])
-    train = train[seen[labels[train]]]
-    if not len(train):
+    shown = train[seen[labels[train]]]
+    if not len(shown):
         raise InputError(f"--pseudo-split {number}: no image is left to train on; take another --split-seed")
-    return replace(task, seen=torch.from_numpy(seen), target_train=split.take(train), target_test=split.take(test))
+    pool = task.target_unlabelled
+    if pool is not None:  # its first images are target_train's: those for testing leave it, too
+        rest = np.setdiff1d(train, shown)
+        pool = pool.take(np.concatenate([shown, rest, np.arange(len(labels), len(pool.labels))]))
+    parts = {"target_train": split.take(shown), "target_test": split.take(test), "target_unlabelled": pool}
+    return replace(task, seen=torch.from_numpy(seen), **parts)

@@ -1,0 +1,125 @@
+"""task.target_unlabelled: whose images are in it, and whose are not."""
+
+import numpy as np
+import pytest
+import replicas
+import torch
+from conftest import load_task as load_flags
+
+import data
+from files import InputError
+
+SETS = {
+    "digits": ("mnist", "optdigits"),
+    "glyphs": ("sans", "serif"),
+    "office_home": ("Art", "Real_World"),
+    "domainnet": ("real", "clipart"),
+    "femnist": ("train", None),
+    "iwildcam": ("train", "7"),
+    "vtab": ("clip", "eurosat"),
+    "inat_fungi": (None, None),
+    "folder": ("camera", "drawing"),
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A data root with all replicas."""
+    path = tmp_path_factory.mktemp("data")
+    for name in ("office_home", "domainnet", "femnist", "iwildcam", "inat_fungi", "vtab", "folder"):
+        getattr(replicas, name)(path)
+    return path
+
+
+def load(root, dataset, unlabelled=data.OWN, source=None, target=None, **flags):
+    source, target = (source, target) if source else SETS[dataset]
+    size = {} if dataset in ("digits", "glyphs", "femnist") else {"image_size": 16}
+    place = {"data_root": str(root / "folder" if dataset == "folder" else root)}
+    flags = {"seen_classes": "4", **flags} if dataset == "office_home" else flags
+    args = data.TaskArgs(dataset, source, target, **place, **size, **flags)
+    return data.load_task(args, unlabelled)
+
+
+def pixels(split):
+    """The images as bytes, in order."""
+    return [image.numpy().tobytes() for image in split.images[torch.arange(len(split.labels))]]
+
+
+WHOLE = [(dataset, None) for dataset in SETS]
+PSEUDO = [(dataset, k) for dataset in SETS if dataset not in ("femnist", "vtab") for k in (0, 1)]
+
+
+@pytest.mark.parametrize("dataset, pseudo_split", WHOLE + PSEUDO)
+def test_the_pool_shares_no_image_and_no_group_with_the_test_set(dataset, pseudo_split, root):
+    task = load(root, dataset, pseudo_split=pseudo_split)
+    pool, test = task.target_unlabelled, task.target_test
+    whole = load(root, dataset, oracle=True) if pseudo_split is None and dataset in ("digits", "glyphs") else None
+    assert set(pool.labels.tolist()) == {-1}
+    assert pixels(pool)[: len(task.target_train.labels)] == pixels(task.target_train)
+    if isinstance(pool.images, data.Images):
+        assert not set(pool.images.index.tolist()) & set(test.images.index.tolist())
+        assert len(set(pool.images.index.tolist())) == len(pool.labels)
+    else:
+        assert not set(pixels(pool)) & set(pixels(test))
+    if test.group is not None:
+        assert not set(pool.group.tolist()) & set(test.group.tolist())
+    if whole:  # what the oracle is given with labels
+        assert sorted(pixels(pool)) == sorted(pixels(whole.target_train))
+
+
+def test_a_script_that_does_not_ask_gets_none(root):
+    assert data.load_task(data.TaskArgs()).target_unlabelled is None
+    assert load_flags("folder", data_root=root / "folder", image_size=16).target_unlabelled is None
+
+
+def test_pseudo_unseen_images_stay_in_the_pool(root):
+    whole, pseudo = (load(root, "digits", pseudo_split=k) for k in (None, 0))
+    gone = set(pixels(pseudo.target_test))
+    assert sorted(pixels(pseudo.target_unlabelled)) == sorted(
+        p for p in pixels(whole.target_unlabelled) if p not in gone
+    )
+
+
+@pytest.fixture
+def folders(tmp_path):
+    replicas.tree(tmp_path / "a", ["x", "y", "z"], 10)
+    replicas.tree(tmp_path / "b", ["x", "y"], 10)
+    for i in range(5):
+        replicas.photo(tmp_path / "b" / "unlabelled" / f"{i}.jpg", 2, i)
+        replicas.photo(tmp_path / "heap" / f"{i}.png", 2, 10 + i)
+    return tmp_path
+
+
+def load_folders(root, unlabelled, **flags):
+    args = data.TaskArgs("folder", "a", "b", data_root=str(root), image_size=16, **flags)
+    return data.load_task(args, unlabelled)
+
+
+def test_folders_of_unlabelled_images(folders):
+    plain = load_folders(folders, None)
+    assert plain.classes == ["x", "y", "z"] and len(plain.target_train.labels) == 14, "unlabelled is no class"
+    own, heap = (load_folders(folders, where) for where in (data.OWN, str(folders / "heap")))
+    for task in (own, heap):
+        assert len(task.target_unlabelled.labels) == 19
+        for part in ("source_train", "target_train", "target_test"):
+            assert pixels(getattr(task, part)) == pixels(getattr(plain, part))
+        assert pixels(task.target_unlabelled)[:14] == pixels(plain.target_train)
+    assert not set(pixels(own.target_unlabelled)[14:]) & set(pixels(heap.target_unlabelled)[14:])
+    assert np.bincount(own.target_train.labels, minlength=3).tolist() == [7, 7, 0]
+
+
+def test_a_bad_image_of_the_heap_is_named_or_left_out(folders):
+    (folders / "heap" / "broken.jpg").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"broken\.jpg"):
+        load_folders(folders, str(folders / "heap"))
+    task = load_folders(folders, str(folders / "heap"), skip_bad_images=True)
+    assert len(task.target_unlabelled.labels) == 19
+
+
+def test_a_heap_that_cannot_be(folders, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "absent"):
+        with pytest.raises(InputError, match=rf"--unlabelled .*{name}: no image in it"):
+            load_folders(folders, str(tmp_path / name))
+    with pytest.raises(InputError, match="--unlabelled: digits is not of image files"):
+        data.load_task(data.TaskArgs(), str(folders / "heap"))
