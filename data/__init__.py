@@ -30,7 +30,7 @@ from .batches import Batches, Split
 from .digits import DIGITS, digits
 from .domainnet import DOMAINNET
 from .femnist import FEMNIST
-from .flags import LEAST, MOST, TaskArgs, by_recipe, check_flag, default
+from .flags import LEAST, MOST, TaskArgs, by_recipe, check_flag, default, known_classes
 from .folder import FOLDER, Domain
 from .glyphs import GLYPHS, glyphs
 from .images import Images, open_images, pick
@@ -241,9 +241,11 @@ def load_task(args):
             f"--image-size {args.image_size}: the images of {args.dataset} have one size; leave the flag out"
         )
     source, target = choose_domains(args, domains)
+    named = known_classes(args)
     whole, here = load_domain(source, args), load_domain(target, args)
-    classes = whole.classes if whole else here.classes
-    here = relabel(here, classes, target, args.ignore_unknown_classes)
+    classes = named if args.classes else (whole or here).classes
+    whole = whole and relabel(whole, classes, f"--source {source}", args.ignore_unknown_classes)
+    here = relabel(here, classes, f"--target {target}", args.ignore_unknown_classes)
     train, test = split_domain(here, 0.7, np.random.default_rng((args.split_seed, 1)))
     present = np.isin(np.arange(len(classes)), here.labels[train])
     paper = entry.get("paper", {}).get(source)
@@ -263,7 +265,7 @@ def load_task(args):
     return task if args.pseudo_split is None else pseudo_task(task, args.split_seed, args.pseudo_split)
 
 
-def relabel(domain, classes, name, ignore_unknown):
+def relabel(domain, classes, flag, ignore_unknown):
     """The Domain with its labels as indices into `classes`, by class name, without images of classes not among them."""
     if domain.classes == classes:
         return domain
@@ -271,11 +273,11 @@ def relabel(domain, classes, name, ignore_unknown):
     unknown = [label for label in domain.classes if label not in ids]
     if unknown and not ignore_unknown:
         raise InputError(
-            f"--target {name}: the source does not know its class{'es' * (len(unknown) > 1)} {', '.join(unknown)}; "
+            f"{flag}: the source does not know its class{'es' * (len(unknown) > 1)} {', '.join(unknown)}; "
             "--ignore-unknown-classes leaves those images out"
         )
     labels = np.array([ids.get(label, -1) for label in domain.classes], np.int64)[domain.labels]
     kept = np.flatnonzero(labels >= 0)
     if not len(kept):
-        raise InputError(f"--target {name}: none of its images is of a class of the source")
+        raise InputError(f"{flag}: none of its images is of a class of the source")
     return domain._replace(labels=labels, classes=classes).take(pick(domain.images, kept), kept)

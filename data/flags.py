@@ -2,13 +2,14 @@
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import torch
 import tyro
 from tyro.conf import FlagCreatePairsOff
 
-from files import InputError
+from files import InputError, read_checkpoint
 
 from .digits import SMALL_RECIPE, SMALL_SOURCE
 from .folder import PHOTO_RECIPE, PHOTO_SOURCE
@@ -58,7 +59,32 @@ class TaskArgs:
     arch: by_recipe(str, "arch") = None  # or another of torchvision, timm:NAME, clip:NAME
     weights: default(str, "imagenet") = None  # pretrained: imagenet, none, a file, a tag of open_clip
     source_checkpoint: default(str, "none") = None  # a source model to start from instead of training one
+    classes: default(str, "its own", "FILE") = None  # the names of its classes in its order, one a line
     source_seed: int = 0  # of the source model's training
     source_steps: by_recipe(int, "source_steps") = None  # of the source model's training
     source_lr: by_recipe(float, "source_lr") = None  # initial rate of its head
     source_backbone_lr: by_recipe(float, "source_backbone_lr") = None  # initial rate of its backbone
+
+
+def known_classes(args):
+    """The class names of --classes, or those that the file --source-checkpoint has, in its model's order; None without
+    the two. Raises InputError if the file has none: a wrong order would mislabel silently."""
+    path, checkpoint = args.classes, args.source_checkpoint
+    if path is None and checkpoint is None:
+        return None
+    if checkpoint is None:
+        raise InputError(f"--classes {path}: names the classes of a --source-checkpoint; pass that too")
+    if path is None:
+        saved = read_checkpoint(checkpoint, "--source-checkpoint")
+        names = saved.get("classes") if isinstance(saved, dict) else None
+        if not isinstance(names, list):
+            how = "pass --classes FILE, a name per line, in the order of its head's rows"
+            raise InputError(f"--source-checkpoint {checkpoint}: does not say its classes; {how}")
+        return names
+    try:
+        names = [line.strip() for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"--classes {path}: not readable as text ({error})") from error
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"--classes {path}: must have a class name per line, each once")
+    return names
