@@ -31,7 +31,7 @@ from .digits import DIGITS, digits
 from .domainnet import DOMAINNET
 from .femnist import FEMNIST
 from .flags import LEAST, MOST, TaskArgs, by_recipe, check_flag, default, known_classes
-from .folder import FOLDER, Domain
+from .folder import FOLDER, Domain, model_as_source, plain_domains
 from .glyphs import GLYPHS, glyphs
 from .images import Images, open_images, pick
 from .inat_fungi import INAT_FUNGI
@@ -64,7 +64,7 @@ class Task:
     (with `oracle` target_train has images of every class, and `seen` still says what it would have had).
     recipe: the data set's values of the flags that the command line leaves open (architecture, epochs, rates);
     source_recipe: those of the source model's training. seen_classes: the flag's value, which chose the seen ones.
-    source_train and source_test are None where the source model is published and its images are not (CLIP).
+    source_train and source_test are None where there is a source model but none of its images (CLIP, a file).
     """
 
     dataset: str
@@ -173,11 +173,15 @@ def recipes_of(args, entry, images, source_images):
 
 
 def choose_domains(args, domains):
-    """(source, target) of the flags, or the first domain and the next. Raises InputError if they cannot be."""
-    source = args.source or domains[0]
-    target = args.target or next((name for name in domains if name != source), "None")
+    """(source, target) of the flags, or the first domain and the next. Raises InputError if they cannot be, and where
+    people's own folders do not make them plain."""
+    if args.dataset == "folder":
+        source, target = plain_domains(args, domains)
+    else:
+        source = args.source or domains[0]
+        target = args.target or next((name for name in domains if name != source), "None")
     for flag, domain in (("--source", source), ("--target", target)):
-        if domain not in domains:
+        if domain not in (*domains, model_as_source(args, domains)):
             raise InputError(f"{flag} {domain}: {args.dataset} has no such domain; choose from {', '.join(domains)}")
     if source == target:
         raise InputError(f"--target {target}: is the source too; choose another of {', '.join(domains)}")
@@ -242,8 +246,9 @@ def load_task(args):
         )
     source, target = choose_domains(args, domains)
     named = known_classes(args)
-    whole, here = load_domain(source, args), load_domain(target, args)
-    classes = named if args.classes else (whole or here).classes
+    whole = load_domain(source, args) if source in domains else None
+    here = load_domain(target, args)
+    classes = whole.classes if whole and not args.classes else named or here.classes
     whole = whole and relabel(whole, classes, f"--source {source}", args.ignore_unknown_classes)
     here = relabel(here, classes, f"--target {target}", args.ignore_unknown_classes)
     train, test = split_domain(here, 0.7, np.random.default_rng((args.split_seed, 1)))

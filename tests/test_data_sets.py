@@ -217,8 +217,8 @@ def test_clip_sees_the_middle_of_its_images_and_others_all(load):
     )
     kinds = [task.target_test.images.key for task in (squash, crop, other)]
     assert kinds[0] != kinds[1] == kinds[2], "the recipe's own architecture is a CLIP"
-    own = load("folder", arch="clip:tiny").target_test.images
-    assert not torch.equal(own[:], load("folder").target_test.images[:])
+    own = load("folder", "camera", "drawing", arch="clip:tiny").target_test.images
+    assert not torch.equal(own[:], load("folder", "camera", "drawing").target_test.images[:])
 
 
 def test_cifar100_runs_no_code(tmp_path):
@@ -266,6 +266,46 @@ def test_folder_with_a_class_that_the_source_does_not_know(tmp_path):
         load_task("folder", "a", "b", data_root=tmp_path, image_size=16, ignore_unknown_classes=True)
 
 
+def test_folder_with_a_model_instead_of_source_images(tmp_path):
+    replicas.tree(tmp_path / "new", ["x", "z"], 10)
+    (tmp_path / "names.txt").write_text("z\ny\nx\n")
+    torch.save({"classes": ["x", "y", "z"]}, tmp_path / "hers.pt")
+    own, file = {"data_root": tmp_path, "image_size": 16}, str(tmp_path / "hers.pt")
+    task = load_task("folder", source_checkpoint=file, **own)
+    assert (task.source, task.target, task.classes) == ("hers", "new", ["x", "y", "z"])
+    assert task.seen.tolist() == [True, False, True] and counts(task) == (14, 6, 0)
+    assert task.source_train is None and task.source_test is None and task.source_recipe == {}
+    assert load_task("folder", "hers", "new", source_checkpoint=file, **own).source == "hers", "as a grid names it"
+    task = load_task("folder", source_checkpoint=file, classes=str(tmp_path / "names.txt"), **own)
+    assert task.classes == ["z", "y", "x"] and task.target_train.labels.unique().tolist() == [0, 2]
+    for wrong, message in (
+        ({}, "--data-root: one domain, new, and no source; .* pass a model .* with --source-checkpoint FILE"),
+        ({"source": "new"}, "one domain, new, and no source"),
+        ({"source_checkpoint": file, "source": "his"}, "--source his: folder has no such domain; choose from new"),
+        ({"source_checkpoint": file, "target": "old"}, "--target old: folder has no such domain"),
+        ({"source_checkpoint": file, "source_steps": 5}, "--source-steps 5: the source model comes trained"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_task("folder", **own, **wrong)
+
+
+def test_which_folder_is_the_source_is_asked_for_where_it_is_not_plain(tmp_path):
+    for name in ("a", "b"):
+        replicas.tree(tmp_path / name, ["x", "y", "z"][: 3 - (name == "b")], 10)
+    torch.save({"classes": ["x", "y", "z"]}, tmp_path / "b.pt")
+    own, file = {"data_root": tmp_path, "image_size": 16}, str(tmp_path / "b.pt")
+    with pytest.raises(InputError, match="--source and --target: say which of a, b is which"):
+        load_task("folder", **own)
+    for flags in ({"source": "a"}, {"target": "b"}):
+        task = load_task("folder", **flags, **own)
+        assert (task.source, task.target) == ("a", "b") and task.source_train is not None
+    with pytest.raises(InputError, match="--target: say which of a, b is to be adapted to"):
+        load_task("folder", source_checkpoint=file, **own)
+    task = load_task("folder", target="b", source_checkpoint=file, **own)
+    assert (task.source, task.target, task.source_train) == ("b.pt", "b", None), "no domain's name"
+    assert load_task("folder", "a", "b", source_checkpoint=file, **own).source_train is not None
+
+
 def test_few_images_get_fewer_steps_at_higher_rates(tmp_path):
     from data.folder import PHOTO_RECIPE, PHOTO_SOURCE, recipe_for, source_recipe_for
 
@@ -292,6 +332,7 @@ def test_few_images_get_fewer_steps_at_higher_rates(tmp_path):
 @pytest.mark.parametrize("dataset", ["office_home", "domainnet", "femnist", "iwildcam", "inat_fungi", "folder"])
 def test_methods_run_on_every_set(dataset, method, root, run_method, read):
     pairs = {"office_home": ("--source", "Art", "--target", "Real_World", "--seen-classes", "3")}
+    pairs |= {"folder": ("--source", "camera", "--target", "drawing")}
     pairs |= {"femnist": ("--batch-size", "8")}
     flags = pairs.get(dataset, ()) if dataset == "femnist" else (*SMALL, *pairs.get(dataset, ()))
     where = root / "folder" if dataset == "folder" else root
@@ -314,6 +355,7 @@ def test_every_method_runs_on_images_in_a_cache_file(method, root, run_method, r
 
 def test_runs_on_two_folders_of_images_are_not_mixed_up(root, run_method, tmp_path, capsys):
     flags = ("--dataset", "folder", "--data-root", str(root / "folder"), *SMALL, "--name", "mixed")
+    flags += ("--source", "camera", "--target", "drawing")
     run_method("naive_ft", *flags)
     shutil.copytree(root / "folder", tmp_path / "copy")
     with pytest.raises(SystemExit) as stop:
