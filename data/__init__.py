@@ -229,11 +229,24 @@ def source_splits(domain, augmentation):
     return [make_split(domain, part, augmentation) for part in index]
 
 
+def split_target(domain, target, args):
+    """(training indices, test indices) of the target's Domain; with --test-share 0 all of them and none. Raises
+    InputError where the flag meets a published split, and where no image is left to test on."""
+    share = 0.3 if args.test_share is None else args.test_share
+    if args.test_share is not None and domain.test is not None:
+        raise InputError(f"--test-share {share}: {target} has a split of its own; leave the flag out")
+    train, test = split_domain(domain, 1 - share, np.random.default_rng((args.split_seed, 1)))
+    if share and not len(test):
+        raise InputError(f"--target {target}: no image is left to test on")
+    return train, test
+
+
 def load_task(args):
     """The Task that the flags describe: a TaskArgs, or the arguments of a script, which hold them too.
 
     The target's images are split as published or else 7:3 within each class by `split_seed`, which also draws the seen
-    classes; the source's as published or else 9:1, always the same way. Raises InputError on anything that does not
+    classes; the source's as published or else 9:1, always the same way. With test_share 0 the target's test images are
+    its training images, the same Split. Raises InputError on anything that does not
     exist, and on a target class that the source does not know, unless ignore_unknown_classes leaves its images out.
     """
     domains = domain_names(args.dataset, args.data_root)
@@ -251,7 +264,7 @@ def load_task(args):
     classes = whole.classes if whole and not args.classes else named or here.classes
     whole = whole and relabel(whole, classes, f"--source {source}", args.ignore_unknown_classes)
     here = relabel(here, classes, f"--target {target}", args.ignore_unknown_classes)
-    train, test = split_domain(here, 0.7, np.random.default_rng((args.split_seed, 1)))
+    train, test = split_target(here, target, args)
     present = np.isin(np.arange(len(classes)), here.labels[train])
     paper = entry.get("paper", {}).get(source)
     seen_classes = seen_flag(args, paper, len(classes))
@@ -261,10 +274,8 @@ def load_task(args):
         train = train[seen.numpy()[here.labels[train]]]
     elif not (present & ~seen.numpy()).any():
         raise InputError(f"--oracle: the target {target} has training images of the seen classes only")
-    if not len(test):
-        raise InputError(f"--target {target}: no image is left to test on")
-    splits = [*source_splits(whole, entry["augmentation"])]
-    splits += [make_split(here, part, entry["augmentation"]) for part in (train, test)]
+    splits = [*source_splits(whole, entry["augmentation"]), make_split(here, train, entry["augmentation"])]
+    splits += [make_split(here, test, entry["augmentation"]) if len(test) else splits[-1]]
     recipes = recipes_of(args, entry, labelled, splits[0] and len(splits[0].labels))
     task = Task(args.dataset, source, target, classes, seen, *splits, *recipes, seen_classes)
     return task if args.pseudo_split is None else pseudo_task(task, args.split_seed, args.pseudo_split)

@@ -306,6 +306,35 @@ def test_which_folder_is_the_source_is_asked_for_where_it_is_not_plain(tmp_path)
     assert load_task("folder", "a", "b", source_checkpoint=file, **own).source_train is not None
 
 
+def test_share_of_the_test_images(load, tmp_path):
+    for share, want in ((None, (21, 9, 0)), (0.3, (21, 9, 0)), (0.5, (15, 15, 0)), (0.0, (30, 30, 0))):
+        task = load("folder", "camera", "drawing", test_share=share)
+        assert counts(task) == want and task.recipe["steps_per_epoch"] >= 5
+    assert task.target_test is task.target_train
+    task = load("folder", "camera", "drawing", seen_classes="2", test_share=0.0)
+    assert counts(task) == (20, 20, 0), "nothing is tested that was not trained on"
+    task = load("folder", "camera", "drawing", test_share=0.0, pseudo_split=0)
+    assert counts(task) == (14, 6, 3), "a pseudo split has test images of its own"
+    replicas.tree(tmp_path / "a", ["x", "y"], 4)
+    replicas.tree(tmp_path / "b" / "train", ["x"], 4)
+    replicas.tree(tmp_path / "b" / "test", ["x", "y"], 3)
+    with pytest.raises(InputError, match=r"--test-share 0.0: b has a split of its own; leave the flag out"):
+        load_task("folder", "a", "b", data_root=tmp_path, image_size=16, test_share=0.0)
+
+
+def test_a_run_on_all_images_says_that_it_tests_on_them(root, run_method, read, capsys):
+    flags = ("--dataset", "folder", "--data-root", str(root / "folder"), "--source", "camera", "--target", "drawing")
+    folder = run_method("naive_ft", *flags, *SMALL, "--test-share", "0", "--name", "all of them")[1]
+    before_training = capsys.readouterr().out.partition("\nepoch ")[0]
+    assert "no test images (--test-share 0): all figures are of the training images" in before_training
+    done, arrays, _ = read(folder)
+    assert done["tested_on_training_images"] is True and done["final"]["overall"] is None
+    assert np.array_equal(arrays["test_logits"], arrays["train_logits"]) and len(arrays["test_labels"]) == 30
+    folder = run_method("naive_ft", *flags, *SMALL, "--name", "some of them")[1]
+    assert read(folder)[0]["tested_on_training_images"] is False
+    assert "--test-share" not in capsys.readouterr().out
+
+
 def test_few_images_get_fewer_steps_at_higher_rates(tmp_path):
     from data.folder import PHOTO_RECIPE, PHOTO_SOURCE, recipe_for, source_recipe_for
 
