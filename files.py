@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import threading
 import time
@@ -71,7 +72,39 @@ def read_checkpoint(path, flag="checkpoint"):
                     raise ValueError(f"the checksum of {damaged} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        if program := re.search(r"GLOBAL (\S+) was not an allowed|(TorchScript)", str(error)):
+            why = f"not a readable checkpoint, as it holds objects of a program ({program[1] or program[2]})"
+            how = "save the weights alone where it was made: torch.save(model.state_dict(), FILE)"
+            raise InputError(f"{flag} {path}: {why}; {how}") from error
         raise InputError(f"{flag} {path}: not a readable checkpoint ({first_line(error)})") from error
+
+
+def bare_state(saved):
+    """The state dict in the dict that a program saved: alone or under "state_dict" or "model". Its names lose a
+    "module." or "model." that all of them have."""
+    for name in ("state_dict", "model"):
+        if isinstance(saved.get(name), dict):
+            saved = saved[name]
+    for prefix in ("module.", "model."):
+        if all(str(key).startswith(prefix) for key in saved):
+            saved = {key.removeprefix(prefix): value for key, value in saved.items()}
+    return saved
+
+
+def load_state(model, state, where):
+    """model.load_state_dict. Raises InputError that lists keys missing, unexpected, of another shape or not finite."""
+    own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    its = {key: tuple(getattr(value, "shape", ())) for key, value in state.items()} if isinstance(state, dict) else {}
+    problems = {
+        "missing": [key for key in own if key not in its],
+        "unexpected": [key for key in its if key not in own],
+        "of another shape": [f"{key} {its[key]}, not {own[key]}" for key in own if its.get(key, own[key]) != own[key]],
+        "not finite": [key for key in its if torch.is_tensor(state[key]) and not state[key].isfinite().all()],
+    }
+    if any(problems.values()):
+        listed = [f"{kind}: {', '.join(keys[:6])}{' ...' * (len(keys) > 6)}" for kind, keys in problems.items() if keys]
+        raise InputError(f"{where}: does not fit the model; {'; '.join(listed)}")
+    model.load_state_dict(state)
 
 
 def read_json(path):

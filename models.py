@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+import files
 from files import Checkpoint, InputError, Stop, first_line, read_checkpoint, take_lock, write_checkpoint
 
 SOURCE_VERSION = 3  # raise it when a change below makes another source model from the same arguments
@@ -28,11 +29,12 @@ class Classifier(nn.Module):
     forward(images): uint8, or float in [0, 1], [N, 1 or 3, H, W]; one channel is repeated where mean has three.
     Returns float32 logits [N, C] and, with return_features, the head's input, features [N, D]; float64 after .double().
     amp: the dtype that the backbone is autocast to, or None. The head never is.
+    head_name: what torchvision or timm call the head, None where the network is not theirs.
     """
 
-    def __init__(self, backbone, head, mean, std):
+    def __init__(self, backbone, head, mean, std, head_name=None):
         super().__init__()
-        self.backbone, self.head, self.amp = backbone, head, None
+        self.backbone, self.head, self.amp, self.head_name = backbone, head, None, head_name
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
@@ -106,8 +108,6 @@ def build(arch, classes, image_shape, weights=None):
     file with a state dict. Raises InputError where one of these does not exist or does not fit.
     """
     channels, *sides = image_shape
-    if arch.startswith("timm:"):
-        return timm_classifier(arch, classes, sides, weights)
     if arch.startswith("clip:"):
         return clip_classifier(arch, classes, sides, weights)
     if arch in SMALL:
@@ -115,25 +115,47 @@ def build(arch, classes, image_shape, weights=None):
             raise InputError(f"--weights {weights}: there are no pretrained weights for {arch}; leave the flag out")
         backbone, features = SMALL[arch](channels, sides[0])
         return Classifier(backbone, nn.Linear(features, classes), [0.5] * channels, [0.5] * channels)
-    return torchvision_classifier(arch, classes, sides, weights)
+    return pretrained_classifier(arch, classes, sides, weights)
 
 
-def torchvision_classifier(arch, classes, sides, weights):
-    """The Classifier of a torchvision network, its last linear layer replaced by a new head. See build."""
-    import torchvision  # takes a second, so only where one is asked for
+def original(arch, weights="none"):
+    """(A network as torchvision or timm make it, with their head; what they call the head). See build."""
+    pretrained = weights in (None, "imagenet")
+    if arch.startswith("timm:"):
+        timm, name = load(arch, importlib.import_module, "timm"), arch.removeprefix("timm:")
+        if not timm.is_model(name.partition(".")[0]):
+            raise InputError(f"--arch {arch}: timm {timm.__version__} has no such model; see timm.list_models()")
+        network = load(arch, timm.create_model, name, pretrained=pretrained)
+        head = network.pretrained_cfg["classifier"]
+    else:
+        import torchvision  # takes a second, so only where one is asked for
 
-    if arch not in torchvision.models.list_models(torchvision.models):
-        known = "small_cnn, lenet, resnet18, vit_b_16, another of torchvision's classifiers, timm:NAME or clip:NAME"
-        raise InputError(f"--arch {arch}: unknown; choose {known}")
+        if arch not in torchvision.models.list_models(torchvision.models):
+            known = "small_cnn, lenet, resnet18, vit_b_16, another of torchvision's classifiers, timm:NAME or clip:NAME"
+            raise InputError(f"--arch {arch}: unknown; choose {known}")
+        network = load(arch, torchvision.models.get_model, arch, weights="DEFAULT" if pretrained else None)
+        head = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
+    if weights not in (None, "imagenet", "none"):
+        files.load_state(network, read_checkpoint(weights, "--weights"), f"--weights {weights}")
+    return network, head
+
+
+def pretrained_classifier(arch, classes, sides, weights):
+    """The Classifier of a network of torchvision or timm, a new head in place of its own. See build."""
     if arch.startswith("vit"):
         check_sides(arch, sides, [224, 224])
-    pretrained = "DEFAULT" if weights in (None, "imagenet") else None
-    backbone = load(arch, torchvision.models.get_model, arch, weights=pretrained)
-    if weights not in (None, "imagenet", "none"):
-        load_state(backbone, read_checkpoint(weights, "--weights"), f"--weights {weights}")
-    name, last = [(n, m) for n, m in backbone.named_modules() if isinstance(m, nn.Linear)][-1]
-    backbone.set_submodule(name, nn.Identity())
-    return Classifier(backbone, nn.Linear(last.in_features, classes), IMAGENET_MEAN, IMAGENET_STD)
+    network, head = original(arch, weights)
+    config = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    if arch.startswith("timm:"):
+        network.reset_classifier(0)
+        config = network.pretrained_cfg
+        if config.get("fixed_input_size"):
+            check_sides(arch, sides, list(config["input_size"][1:]))
+    else:
+        network.set_submodule(head, nn.Identity())
+    with torch.no_grad():  # some have more layers before the head than their num_features says
+        features = network.eval()(torch.zeros(1, 3, *sides)).shape[1]
+    return Classifier(network.train(), nn.Linear(features, classes), config["mean"], config["std"], head)
 
 
 def check_sides(arch, sides, wanted):
@@ -152,23 +174,6 @@ def load(arch, create, *args, **kwargs):
     except (OSError, RuntimeError) as error:
         what = f"--weights: those of {arch} could not be downloaded ({first_line(error)})"
         raise InputError(f"{what}; pass --weights FILE, a state dict, or --weights none to start anew") from error
-
-
-def timm_classifier(arch, classes, sides, weights=None):
-    """The Classifier of timm:NAME with a new head. weights: imagenet or None (timm's), none, or a file. See build."""
-    timm, name = load(arch, importlib.import_module, "timm"), arch.removeprefix("timm:")
-    if not timm.is_model(name.partition(".")[0]):
-        raise InputError(f"--arch {arch}: timm {timm.__version__} has no such model; timm.list_models() has its names")
-    model = load(arch, timm.create_model, name, pretrained=weights in (None, "imagenet"))
-    if weights not in (None, "imagenet", "none"):
-        load_state(model, read_checkpoint(weights, "--weights"), f"--weights {weights}")
-    model.reset_classifier(0)
-    config = model.pretrained_cfg
-    if config.get("fixed_input_size"):
-        check_sides(arch, sides, list(config["input_size"][1:]))
-    with torch.no_grad():  # some have more layers behind num_features
-        features = model.eval()(torch.zeros(1, 3, *sides)).shape[1]
-    return Classifier(model.train(), nn.Linear(features, classes), config["mean"], config["std"])
 
 
 class ClipImages(nn.Module):
@@ -206,7 +211,7 @@ def clip_classifier(arch, classes, sides, weights=None, names=None, device="cpu"
         check_sides(arch, sides, [config["vision_cfg"]["image_size"]] * 2)
     model = load(arch, open_clip.create_model, name, None if file else tag).eval()
     if file:
-        load_state(model, read_checkpoint(weights, "--weights"), f"--weights {weights}")
+        files.load_state(model, read_checkpoint(weights, "--weights"), f"--weights {weights}")
     head = nn.Linear(config["embed_dim"], classes)
     if names:
         # AnnualCrop becomes annual crop, apartment_building/outdoor becomes apartment building outdoor
@@ -225,11 +230,9 @@ def batchnorms(model):
 
 
 def choose_device(device, amp, arch):
-    """(torch.device, autocast dtype or None) for --device auto|cpu|cuda|cuda:N|mps, --amp auto|bfloat16|float16|off and
-    the name of a network. Raises InputError if the device is not there.
-
-    The device auto is CUDA where there is one. amp auto is autocast_dtype's, but float32 for SMALL, which gain little.
-    """
+    """(torch.device, autocast dtype or None) for --device, --amp and a network's name. The device auto is CUDA where
+    there is one. amp auto is autocast_dtype's, but float32 for SMALL, which gain little. Raises InputError if the
+    device is not there."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -255,30 +258,13 @@ def autocast_dtype(device):
 
 def tune_process():
     """Set, for this process, what makes training fast: TF32 (10 of float32's 23 bits) in what CUDA multiplies, with
-    --amp off too unless the environment has NVIDIA_TF32_OVERRIDE=0, and glibc's memory. glibc is asked to keep what a
-    step frees for the next one, up to blocks of 32 MB; its default hands most of it back to the system, which clears
-    and maps it anew at every step."""
+    --amp off too unless the environment has NVIDIA_TF32_OVERRIDE=0, and glibc's memory. glibc keeps what a step frees
+    for the next one, up to blocks of 32 MB; by default the system clears and maps most of it anew at every step."""
     torch.set_float32_matmul_precision("high")
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD, from malloc.h
         mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
-
-
-def load_state(model, state, where):
-    """model.load_state_dict. Raises InputError that lists keys missing, unexpected, of another shape or not finite."""
-    own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    its = {key: tuple(getattr(value, "shape", ())) for key, value in state.items()} if isinstance(state, dict) else {}
-    problems = {
-        "missing": [key for key in own if key not in its],
-        "unexpected": [key for key in its if key not in own],
-        "of another shape": [f"{key} {its[key]}, not {own[key]}" for key in own if its.get(key, own[key]) != own[key]],
-        "not finite": [key for key in its if torch.is_tensor(state[key]) and not state[key].isfinite().all()],
-    }
-    if any(problems.values()):
-        listed = [f"{kind}: {', '.join(keys[:6])}{' ...' * (len(keys) > 6)}" for kind, keys in problems.items() if keys]
-        raise InputError(f"{where}: does not fit the model; {'; '.join(listed)}")
-    model.load_state_dict(state)
 
 
 # ------------------------------------------------------------------------------------------ source model
@@ -357,18 +343,32 @@ def train_once(model, task, seed, path, key, arch, stop):
         lock.release()
 
 
-def source_state(path, key, task):
-    """The state dict of a source model's file: {"model": state dict, "classes": names}, or a bare state dict. key: what
-    source_key gave for the model that was put there, None for a file of the user's. Raises InputError if it is another
-    model's, or over other classes than the task's."""
-    saved = read_checkpoint(path, "--source-checkpoint")
-    if key is not None and not (isinstance(saved, dict) and saved.get("key") == key):
+def renamed(state, model, where):
+    """A state dict of torchvision's or timm's names with the Classifier's, to which mean and std belong. Any other is
+    left as it is. Raises InputError at a head for another number of classes."""
+    theirs = f"{model.head_name}.weight"
+    if theirs not in state or "mean" in state:
+        return state
+    if len(state[theirs]) != len(model.head.weight):
+        raise InputError(f"{where}: a head for {len(state[theirs])} classes; there are {len(model.head.weight)}")
+    own = {"mean": model.mean, "std": model.std}
+    for key, value in state.items():
+        layer, _, name = key.rpartition(".")
+        own[f"head.{name}" if layer == model.head_name else f"backbone.{key}"] = value
+    return own
+
+
+def source_state(path, key, task, model):
+    """The state dict, for `model`, in a source model's file: {"model": state dict, "classes": names}, or a bare one, of
+    the Classifier or in torchvision's or timm's names, whose classes are taken as the task's. key: source_key's for the
+    model that was put there, None for the user's file. Raises InputError if it is another's, or over other classes."""
+    saved, where = read_checkpoint(path, "--source-checkpoint"), f"--source-checkpoint {path}"
+    saved = saved if isinstance(saved, dict) else {}
+    if key is not None and saved.get("key") != key:
         raise InputError(f"{path}: not the source model that was put there; delete it, to train it again")
-    if not (isinstance(saved, dict) and isinstance(saved.get("model"), dict)):
-        return saved
-    if list(saved.get("classes", task.classes)) != list(task.classes):
-        raise InputError(f"--source-checkpoint {path}: its classes or their order are not those of {task.dataset}")
-    return saved["model"]
+    if isinstance(saved.get("classes"), list) and saved["classes"] != list(task.classes):
+        raise InputError(f"{where}: its classes or their order are not those of {task.dataset}")
+    return renamed(files.bare_state(saved), model, where)
 
 
 def source_model(task, arch, device="cpu", amp=None, weights=None, checkpoint=None, seed=0, cache="runs", stop=None):
@@ -396,5 +396,5 @@ def source_model(task, arch, device="cpu", amp=None, weights=None, checkpoint=No
     model.amp = amp
     if new or (key is not None and path.with_suffix(".unfinished").exists()):
         train_once(model, task, seed, path, key, arch, stop or Stop())
-    load_state(model, source_state(path, key, task), f"--source-checkpoint {path}")
+    files.load_state(model, source_state(path, key, task, model), f"--source-checkpoint {path}")
     return model.eval()

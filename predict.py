@@ -8,6 +8,7 @@ RUN is a run's folder or its model.pt. predictions.csv has a line per image: fil
 the class was seen in training), runner_up. A start that was stopped goes on with the same command.
 """
 
+import copy
 import csv
 import hashlib
 import io
@@ -27,7 +28,7 @@ from tqdm import tqdm
 import models
 from data.decode import read_image
 from data.folder import EXTENSIONS
-from files import InputError, read_checkpoint, write_atomic
+from files import InputError, load_state, read_checkpoint, write_atomic
 
 COLUMNS = ("file", "class", "probability", "group", "runner_up")
 
@@ -57,7 +58,7 @@ def load(run, device="cpu", amp="off"):
         classes, arch = saved["classes"], saved["arch"]
         side, channels = saved["image_size"], saved["channels"]
         model = models.build(arch, len(classes), (channels, side, side), "none")
-        models.load_state(model, saved["model"], f"model {path}")
+        load_state(model, saved["model"], f"model {path}")
     except (KeyError, TypeError) as error:
         raise InputError(
             f"{path}: not the model of a run ({error!r} is missing); run it again with this version"
@@ -174,24 +175,15 @@ def write_predictions(args, model):
 
 
 def original(model):
-    """(module, state dict) of the architecture as torchvision or timm name it, the head in its place."""
-    state = dict(model.backbone.state_dict())
-    if model.arch.startswith("timm:"):
-        import timm
-
-        module = timm.create_model(model.arch.removeprefix("timm:"), num_classes=len(model.classes))
-        name = module.pretrained_cfg["classifier"]
-    elif model.arch.startswith("clip:") or model.arch in models.SMALL:
+    """(network, state dict) as torchvision or timm name it, the model's head in its place."""
+    if not isinstance(model.head_name, str):  # of some distilled ones timm has two
         raise InputError(f"--export state-dict: {model.arch} has no naming of its own; model.pt has its state dict")
-    else:
-        import torchvision
-
-        module = torchvision.models.get_model(model.arch, weights=None)
-        name, last = [(n, m) for n, m in module.named_modules() if isinstance(m, torch.nn.Linear)][-1]
-        module.set_submodule(name, torch.nn.Linear(last.in_features, len(model.classes)))
-    state |= {f"{name}.weight": model.head.weight.data, f"{name}.bias": model.head.bias.data}
-    models.load_state(module, state, f"--export state-dict: {model.arch}")
-    return module.eval(), state
+    network, head = models.original(model.arch)
+    network.set_submodule(head, copy.deepcopy(model.head))
+    state = dict(model.backbone.state_dict())
+    state |= {f"{head}.{name}": value for name, value in model.head.state_dict().items()}
+    load_state(network, state, f"--export state-dict: {model.arch}")
+    return network.eval(), state
 
 
 def export(model, kind, path):
@@ -214,9 +206,9 @@ def export(model, kind, path):
             write_atomic(path, lambda stream: torch.export.save(program, stream, extra_files=extra))
             got = torch.export.load(path).module()(images)
         else:
-            module, state = original(model)
+            network, state = original(model)
             write_atomic(path, lambda stream: torch.save(state, stream))
-            got = module((images.expand(-1, model.mean.shape[1], -1, -1) - model.mean) / model.std)
+            got = network((images.expand(-1, model.mean.shape[1], -1, -1) - model.mean) / model.std)
     gap = float((got - want).abs().max())
     if gap > 1e-4:
         path.unlink()

@@ -36,6 +36,7 @@ from models import predict
 
 BUSY = 3  # exit code of a run whose folder another process has
 PROGRESS = ("lines", "steps", "images", "values", "origin", "source")  # of a Run, in its checkpoint
+NO_TEST = "no test images (--test-share 0): all figures are of the training images, so they say nothing of new ones"
 HEADER = "epoch     loss    seen  unseen overall  images/s  seconds"
 
 
@@ -81,7 +82,7 @@ COUNTS = ("epochs", "steps_per_epoch", "batch_size", "source_steps", "source_bat
 LIMITS = dict.fromkeys(COUNTS, (1, 2**63 - 1))
 LIMITS |= dict.fromkeys(("seed", "split_seed", "source_seed", "pseudo_split"), (0, 2**63 - 1))
 LIMITS |= dict.fromkeys(("lr", "backbone_lr", "source_lr", "source_backbone_lr", "weight_decay"), (0, data.MOST))
-LIMITS |= {"checkpoint_every": (0, data.MOST), "clip_grad": (data.LEAST, math.inf)}
+LIMITS |= {"test_share": (0, 0.9), "checkpoint_every": (0, data.MOST), "clip_grad": (data.LEAST, math.inf)}
 
 
 def fingerprint(model, task):
@@ -219,7 +220,10 @@ class Run:
         correct = train_logits.argmax(1) == self.task.target_train.labels.numpy()
         for name in ("done.json", "logits.npz", "model.pt", "checkpoint.pt", "args.json"):
             (self.folder / name).unlink(missing_ok=True)
-        print(f"{self.folder}\n{HEADER}")
+        print(self.folder)
+        if self.task.target_test is self.task.target_train:
+            print(NO_TEST)
+        print(HEADER)
         extras["train"] = mean_percent(correct)
         figures = self.write_line(0, model, None, extras)
         self.source = {"train": torch.from_numpy(train_logits), "test": torch.from_numpy(self.test_logits)}
@@ -322,7 +326,8 @@ class Run:
         final = accuracies(arrays["test_logits"], arrays["test_labels"], arrays["seen"])
         command = shlex.join(["python", f"methods/{Path(sys.argv[0]).name}", *sys.argv[1:]])
         done = {"source": self.source["figures"], "final": final, "args": self.record, "command": command}
-        done |= {"calibration": gamma, "seconds": time.perf_counter() - self.started, "versions": versions(model)}
+        done |= {"tested_on_training_images": test is train, "calibration": gamma}
+        done |= {"seconds": time.perf_counter() - self.started, "versions": versions(model)}
         files.write_text(self.folder / "done.json", json.dumps(done, indent=2))
         (self.folder / "checkpoint.pt").unlink(missing_ok=True)
         print(result_table(done))

@@ -30,18 +30,28 @@ from .batches import Batches, Split
 from .digits import DIGITS, digits
 from .domainnet import DOMAINNET
 from .femnist import FEMNIST
-from .flags import LEAST, MOST, TaskArgs, by_recipe, check_flag, default
-from .folder import FOLDER, Domain
+from .flags import LEAST, MOST, PoolArgs, TaskArgs, by_recipe, check_flag, default, known_classes
+from .folder import FOLDER, Domain, model_as_source, plain_domains
 from .glyphs import GLYPHS, glyphs
 from .images import Images, open_images, pick
 from .inat_fungi import INAT_FUNGI
 from .iwildcam import IWILDCAM
 from .office_home import OFFICE_HOME
 from .splits import pseudo_task, split_domain
-from .unlabelled import OWN, image_files, pool
+from .unlabelled import image_files, make_pool
 from .vtab import VTAB
 
-__all__ = ["LEAST", "MOST", "OWN", "Batches", "TaskArgs", "by_recipe", "change_colours", "check_flag", "crop_resize"]
+__all__ = [
+    "LEAST",
+    "MOST",
+    "Batches",
+    "PoolArgs",
+    "TaskArgs",
+    "by_recipe",
+    "change_colours",
+    "check_flag",
+    "crop_resize",
+]
 __all__ += ["default", "digits", "generator", "glyphs", "random_affine", "random_photo"]
 
 DATASETS = {
@@ -65,7 +75,7 @@ class Task:
     (with `oracle` target_train has images of every class, and `seen` still says what it would have had).
     recipe: the data set's values of the flags that the command line leaves open (architecture, epochs, rates);
     source_recipe: those of the source model's training. seen_classes: the flag's value, which chose the seen ones.
-    source_train and source_test are None where the source model is published and its images are not (CLIP).
+    source_train and source_test are None where there is a source model but none of its images (CLIP, a file).
     target_unlabelled: images of any class whose labels are all -1, for a script that asks for them; its first are
     target_train's, none is target_test's.
     """
@@ -178,11 +188,15 @@ def recipes_of(args, entry, images, source_images):
 
 
 def choose_domains(args, domains):
-    """(source, target) of the flags, or the first domain and the next. Raises InputError if they cannot be."""
-    source = args.source or domains[0]
-    target = args.target or next((name for name in domains if name != source), "None")
+    """(source, target) of the flags, or the first domain and the next. Raises InputError if they cannot be, and where
+    people's own folders do not make them plain."""
+    if args.dataset == "folder":
+        source, target = plain_domains(args, domains)
+    else:
+        source = args.source or domains[0]
+        target = args.target or next((name for name in domains if name != source), "None")
     for flag, domain in (("--source", source), ("--target", target)):
-        if domain not in domains:
+        if domain not in (*domains, model_as_source(args, domains)):
             raise InputError(f"{flag} {domain}: {args.dataset} has no such domain; choose from {', '.join(domains)}")
     if source == target:
         raise InputError(f"--target {target}: is the source too; choose another of {', '.join(domains)}")
@@ -235,13 +249,26 @@ def source_splits(domain, augmentation):
     return [make_split(domain, part, augmentation) for part in index]
 
 
-def load_task(args, unlabelled=None):
+def split_target(domain, target, args):
+    """(training indices, test indices) of the target's Domain; with --test-share 0 all of them and none. Raises
+    InputError where the flag meets a published split, and where no image is left to test on."""
+    share = 0.3 if args.test_share is None else args.test_share
+    if args.test_share is not None and domain.test is not None:
+        raise InputError(f"--test-share {share}: {target} has a split of its own; leave the flag out")
+    train, test = split_domain(domain, 1 - share, np.random.default_rng((args.split_seed, 1)))
+    if share and not len(test):
+        raise InputError(f"--target {target}: no image is left to test on")
+    return train, test
+
+
+def load_task(args, pool=False):
     """The Task that the flags describe: a TaskArgs, or the arguments of a script, which hold them too.
 
     The target's images are split as published or else 7:3 within each class by `split_seed`, which also draws the seen
-    classes; the source's as published or else 9:1, always the same way. unlabelled: OWN or a folder, to ask for
-    target_unlabelled (see unlabelled.py). Raises InputError on anything that does not exist, and on a target class that
-    the source does not know, unless ignore_unknown_classes leaves its images out.
+    classes; the source's as published or else 9:1, always the same way. With test_share 0 the target's test images are
+    its training images, the same Split. pool: ask for target_unlabelled, see unlabelled.py; args.unlabelled says which.
+    Raises InputError on anything that does not exist, and on a target class that the source does not know, unless
+    ignore_unknown_classes leaves its images out.
     """
     domains = domain_names(args.dataset, args.data_root)
     if args.split_seed < 0:
@@ -252,11 +279,14 @@ def load_task(args, unlabelled=None):
             f"--image-size {args.image_size}: the images of {args.dataset} have one size; leave the flag out"
         )
     source, target = choose_domains(args, domains)
-    more = image_files(unlabelled, home(args.dataset, args.data_root) / target) if unlabelled else ()
-    (whole, _), (here, others) = load_domain(source, args), load_domain(target, args, more)
-    classes = whole.classes if whole else here.classes
-    here = relabel(here, classes, target, args.ignore_unknown_classes)
-    train, test = split_domain(here, 0.7, np.random.default_rng((args.split_seed, 1)))
+    named = known_classes(args)
+    whole = load_domain(source, args)[0] if source in domains else None
+    more = image_files(args.unlabelled, home(args.dataset, args.data_root) / target) if pool else ()
+    here, others = load_domain(target, args, more)
+    classes = whole.classes if whole and not args.classes else named or here.classes
+    whole = whole and relabel(whole, classes, f"--source {source}", args.ignore_unknown_classes)
+    here = relabel(here, classes, f"--target {target}", args.ignore_unknown_classes)
+    train, test = split_target(here, target, args)
     present = np.isin(np.arange(len(classes)), here.labels[train])
     paper = entry.get("paper", {}).get(source)
     seen_classes = seen_flag(args, paper, len(classes))
@@ -264,19 +294,17 @@ def load_task(args, unlabelled=None):
     labelled = train[seen.numpy()[here.labels[train]]]
     if args.oracle and not (present & ~seen.numpy()).any():
         raise InputError(f"--oracle: the target {target} has training images of the seen classes only")
-    if not len(test):
-        raise InputError(f"--target {target}: no image is left to test on")
     used = train if args.oracle else labelled
-    splits = [*source_splits(whole, entry["augmentation"])]
-    splits += [make_split(here, part, entry["augmentation"]) for part in (used, test)]
+    splits = [*source_splits(whole, entry["augmentation"]), make_split(here, used, entry["augmentation"])]
+    splits += [make_split(here, test, entry["augmentation"]) if len(test) else splits[-1]]
     recipes = recipes_of(args, entry, len(labelled), splits[0] and len(splits[0].labels))  # an oracle trains as long
     task = Task(args.dataset, source, target, classes, seen, *splits, *recipes, seen_classes)
-    if unlabelled:
-        task.target_unlabelled = pool(here, train, used, others, entry["augmentation"])
+    if pool:
+        task.target_unlabelled = make_pool(here, train, used, others, entry["augmentation"])
     return task if args.pseudo_split is None else pseudo_task(task, args.split_seed, args.pseudo_split)
 
 
-def relabel(domain, classes, name, ignore_unknown):
+def relabel(domain, classes, flag, ignore_unknown):
     """The Domain with its labels as indices into `classes`, by class name, without images of classes not among them."""
     if domain.classes == classes:
         return domain
@@ -284,11 +312,11 @@ def relabel(domain, classes, name, ignore_unknown):
     unknown = [label for label in domain.classes if label not in ids]
     if unknown and not ignore_unknown:
         raise InputError(
-            f"--target {name}: the source does not know its class{'es' * (len(unknown) > 1)} {', '.join(unknown)}; "
+            f"{flag}: the source does not know its class{'es' * (len(unknown) > 1)} {', '.join(unknown)}; "
             "--ignore-unknown-classes leaves those images out"
         )
     labels = np.array([ids.get(label, -1) for label in domain.classes], np.int64)[domain.labels]
     kept = np.flatnonzero(labels >= 0)
     if not len(kept):
-        raise InputError(f"--target {name}: none of its images is of a class of the source")
+        raise InputError(f"{flag}: none of its images is of a class of the source")
     return domain._replace(labels=labels, classes=classes).take(pick(domain.images, kept), kept)

@@ -2,13 +2,14 @@
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import torch
 import tyro
 from tyro.conf import FlagCreatePairsOff
 
-from files import InputError
+from files import InputError, read_checkpoint
 
 from .digits import SMALL_RECIPE, SMALL_SOURCE
 from .folder import PHOTO_RECIPE, PHOTO_SOURCE
@@ -48,6 +49,7 @@ class TaskArgs:
     target: default(str, "the next one") = None  # domain to adapt to
     seen_classes: default(str, "half, or published") = None  # how many, a file of names, paper, or data (all)
     oracle: FlagCreatePairsOff[bool] = False  # train on target images of all classes: an upper bound
+    test_share: default(float, "0.3") = None  # of each target class's images, for the test; 0: train on all
     split_seed: int = 0  # which classes are seen, which images are for training
     pseudo_split: default(int, "none") = None  # run k of PCV calibration: seen classes play the unseen
     data_root: default(str, "$HT_DATA, else datasets") = None  # folder with one folder per data set
@@ -58,8 +60,39 @@ class TaskArgs:
     arch: by_recipe(str, "arch") = None  # also timm:NAME or clip:NAME
     weights: default(str, "imagenet") = None  # pretrained: imagenet, none, a file, a tag of open_clip
     source_checkpoint: default(str, "none") = None  # a source model to start from instead of training one
+    classes: default(str, "its own", "FILE") = None  # the names of its classes in its order, one a line
     source_seed: int = 0  # of the source model's training
     source_steps: by_recipe(int, "source_steps") = None  # of the source model's training
     source_batch_size: by_recipe(int, "source_batch_size") = None  # images per step of it
     source_lr: by_recipe(float, "source_lr") = None  # initial rate of its head
     source_backbone_lr: by_recipe(float, "source_backbone_lr") = None  # initial rate of its backbone
+
+
+@dataclass
+class PoolArgs:
+    # no docstring: --help would print it
+    unlabelled: default(str, "the target's training images, any class", "FOLDER") = None  # unlabelled images instead
+
+
+def known_classes(args):
+    """The class names of --classes, or those that the file --source-checkpoint has, in its model's order; None without
+    the two. Raises InputError if the file has none: a wrong order would mislabel silently."""
+    path, checkpoint = args.classes, args.source_checkpoint
+    if path is None and checkpoint is None:
+        return None
+    if checkpoint is None:
+        raise InputError(f"--classes {path}: names the classes of a --source-checkpoint; pass that too")
+    if path is None:
+        saved = read_checkpoint(checkpoint, "--source-checkpoint")
+        names = saved.get("classes") if isinstance(saved, dict) else None
+        if not isinstance(names, list):
+            how = "pass --classes FILE, a name per line, in the order of its head's rows"
+            raise InputError(f"--source-checkpoint {checkpoint}: does not say its classes; {how}")
+        return names
+    try:
+        names = [line.strip() for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"--classes {path}: not readable as text ({error})") from error
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"--classes {path}: must have a class name per line, each once")
+    return names

@@ -102,19 +102,47 @@ def read_list(path, about):
 
 ABOUT = """
 --dataset folder reads your own images from --data-root ROOT:
-    ROOT/DOMAIN/CLASS/*.jpg (jpeg, png, webp, bmp)     at least two DOMAINs: the source and the target
+    ROOT/DOMAIN/CLASS/*.jpg (jpeg, png, webp, bmp)     two DOMAINs: the source and the target
     ROOT/DOMAIN/{train,test}/CLASS/*.jpg               the same with a split of your own
     ROOT/DOMAIN/unlabelled/*.jpg                       images of any class, for the scripts that use such
 The classes are the source's folders; the target may lack some of them.
+With --source-checkpoint FILE the target is enough: the classes are those that this model knows.
 """
 
 
 def domains(root):
     """The folders of root that hold folders."""
     found = [name for name in folders(need(root, ABOUT)) if folders(root / name)]
-    if len(found) < 2:
-        raise InputError(f"{root}: {len(found)} folder(s) with class folders in it, two are needed\n\n{ABOUT.strip()}")
+    if not found:
+        raise InputError(f"{root}: no folder with class folders in it\n\n{ABOUT.strip()}")
     return tuple(found)
+
+
+def model_as_source(args, domains):
+    """The name, as a source, of the model that comes without its images: its file's. None if a domain is the source."""
+    if args.dataset != "folder" or args.source_checkpoint is None:
+        return None
+    path = Path(args.source_checkpoint)
+    name = path.name if path.stem in domains else path.stem
+    return name if args.source in (None, name) else None
+
+
+def plain_domains(args, domains):
+    """(source, target) where the flags or the number of domains make them plain. Raises InputError where not."""
+    source, target, listed = model_as_source(args, domains), args.target, ", ".join(domains)
+    if source:
+        if target is None and len(domains) > 1:
+            raise InputError(f"--target: say which of {listed} is to be adapted to")
+        return source, target or domains[0]
+    if len(domains) < 2 and args.source in (None, *domains):
+        raise InputError(
+            f"--data-root: one domain, {listed}, and no source; put the source's images beside it, "
+            "or pass a model that knows all classes with --source-checkpoint FILE"
+        )
+    if args.source is None and target is None:
+        raise InputError(f"--source and --target: say which of {listed} is which")
+    source = args.source or next(name for name in domains if name != target)
+    return source, target or next(name for name in domains if name != source)
 
 
 def folder(domain, root):

@@ -1,7 +1,7 @@
 """Unlabelled images of the target: another setting, for a script that asks load_task for them.
 
-OWN asks for the training images of every class, as the data set has them, and for those in ROOT/TARGET/unlabelled of
-`--dataset folder`. A folder asks for the images in it. Either way the labelled images are among them, without labels.
+These are the target's training images of every class, and those in ROOT/TARGET/unlabelled of `--dataset folder`; or with
+--unlabelled FOLDER those in that folder. Either way the labelled images are among them, without their labels.
 """
 
 from pathlib import Path
@@ -15,16 +15,14 @@ from .batches import Split
 from .folder import EXTENSIONS, entries
 from .images import Images, pick
 
-OWN = "training"
-
 
 def image_files(unlabelled, target_folder):
     """The files of the images that are in no class folder. target_folder: of the target, with its folder `unlabelled`.
 
     Raises InputError if a folder that was asked for has none.
     """
-    folder = Path(target_folder) / "unlabelled" if unlabelled == OWN else Path(unlabelled)
-    if unlabelled == OWN and not folder.is_dir():
+    folder = Path(unlabelled or Path(target_folder) / "unlabelled")
+    if unlabelled is None and not folder.is_dir():
         return []
     found = [name for name in entries(folder) if name.lower().endswith(EXTENSIONS)] if folder.is_dir() else []
     if not found:
@@ -32,7 +30,7 @@ def image_files(unlabelled, target_folder):
     return [str(folder.resolve() / name) for name in found]
 
 
-def pool(domain, train, labelled, more, augmentation):
+def make_pool(domain, train, labelled, more, augmentation):
     """A Split whose labels are all -1: of the Domain the images `labelled`, the images `train`, and last `more`, Images
     or None. train, labelled: indices, int64 [n]."""
     index = np.concatenate([labelled, np.setdiff1d(train, labelled)])

@@ -217,8 +217,8 @@ def test_clip_sees_the_middle_of_its_images_and_others_all(load):
     )
     kinds = [task.target_test.images.key for task in (squash, crop, other)]
     assert kinds[0] != kinds[1] == kinds[2], "the recipe's own architecture is a CLIP"
-    own = load("folder", arch="clip:tiny").target_test.images
-    assert not torch.equal(own[:], load("folder").target_test.images[:])
+    own = load("folder", "camera", "drawing", arch="clip:tiny").target_test.images
+    assert not torch.equal(own[:], load("folder", "camera", "drawing").target_test.images[:])
 
 
 def test_cifar100_runs_no_code(tmp_path):
@@ -266,6 +266,75 @@ def test_folder_with_a_class_that_the_source_does_not_know(tmp_path):
         load_task("folder", "a", "b", data_root=tmp_path, image_size=16, ignore_unknown_classes=True)
 
 
+def test_folder_with_a_model_instead_of_source_images(tmp_path):
+    replicas.tree(tmp_path / "new", ["x", "z"], 10)
+    (tmp_path / "names.txt").write_text("z\ny\nx\n")
+    torch.save({"classes": ["x", "y", "z"]}, tmp_path / "hers.pt")
+    own, file = {"data_root": tmp_path, "image_size": 16}, str(tmp_path / "hers.pt")
+    task = load_task("folder", source_checkpoint=file, **own)
+    assert (task.source, task.target, task.classes) == ("hers", "new", ["x", "y", "z"])
+    assert task.seen.tolist() == [True, False, True] and counts(task) == (14, 6, 0)
+    assert task.source_train is None and task.source_test is None and task.source_recipe == {}
+    assert load_task("folder", "hers", "new", source_checkpoint=file, **own).source == "hers", "as a grid names it"
+    task = load_task("folder", source_checkpoint=file, classes=str(tmp_path / "names.txt"), **own)
+    assert task.classes == ["z", "y", "x"] and task.target_train.labels.unique().tolist() == [0, 2]
+    for wrong, message in (
+        ({}, "--data-root: one domain, new, and no source; .* pass a model .* with --source-checkpoint FILE"),
+        ({"source": "new"}, "one domain, new, and no source"),
+        ({"source_checkpoint": file, "source": "his"}, "--source his: folder has no such domain; choose from new"),
+        ({"source_checkpoint": file, "target": "old"}, "--target old: folder has no such domain"),
+        ({"source_checkpoint": file, "source_steps": 5}, "--source-steps 5: the source model comes trained"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_task("folder", **own, **wrong)
+
+
+def test_which_folder_is_the_source_is_asked_for_where_it_is_not_plain(tmp_path):
+    for name in ("a", "b"):
+        replicas.tree(tmp_path / name, ["x", "y", "z"][: 3 - (name == "b")], 10)
+    torch.save({"classes": ["x", "y", "z"]}, tmp_path / "b.pt")
+    own, file = {"data_root": tmp_path, "image_size": 16}, str(tmp_path / "b.pt")
+    with pytest.raises(InputError, match="--source and --target: say which of a, b is which"):
+        load_task("folder", **own)
+    for flags in ({"source": "a"}, {"target": "b"}):
+        task = load_task("folder", **flags, **own)
+        assert (task.source, task.target) == ("a", "b") and task.source_train is not None
+    with pytest.raises(InputError, match="--target: say which of a, b is to be adapted to"):
+        load_task("folder", source_checkpoint=file, **own)
+    task = load_task("folder", target="b", source_checkpoint=file, **own)
+    assert (task.source, task.target, task.source_train) == ("b.pt", "b", None), "no domain's name"
+    assert load_task("folder", "a", "b", source_checkpoint=file, **own).source_train is not None
+
+
+def test_share_of_the_test_images(load, tmp_path):
+    for share, want in ((None, (21, 9, 0)), (0.3, (21, 9, 0)), (0.5, (15, 15, 0)), (0.0, (30, 30, 0))):
+        task = load("folder", "camera", "drawing", test_share=share)
+        assert counts(task) == want and task.recipe["steps_per_epoch"] >= 5
+    assert task.target_test is task.target_train
+    task = load("folder", "camera", "drawing", seen_classes="2", test_share=0.0)
+    assert counts(task) == (20, 20, 0), "nothing is tested that was not trained on"
+    task = load("folder", "camera", "drawing", test_share=0.0, pseudo_split=0)
+    assert counts(task) == (14, 6, 3), "a pseudo split has test images of its own"
+    replicas.tree(tmp_path / "a", ["x", "y"], 4)
+    replicas.tree(tmp_path / "b" / "train", ["x"], 4)
+    replicas.tree(tmp_path / "b" / "test", ["x", "y"], 3)
+    with pytest.raises(InputError, match=r"--test-share 0.0: b has a split of its own; leave the flag out"):
+        load_task("folder", "a", "b", data_root=tmp_path, image_size=16, test_share=0.0)
+
+
+def test_a_run_on_all_images_says_that_it_tests_on_them(root, run_method, read, capsys):
+    flags = ("--dataset", "folder", "--data-root", str(root / "folder"), "--source", "camera", "--target", "drawing")
+    folder = run_method("naive_ft", *flags, *SMALL, "--test-share", "0", "--name", "all of them")[1]
+    before_training = capsys.readouterr().out.partition("\nepoch ")[0]
+    assert "no test images (--test-share 0): all figures are of the training images" in before_training
+    done, arrays, _ = read(folder)
+    assert done["tested_on_training_images"] is True and done["final"]["overall"] is None
+    assert np.array_equal(arrays["test_logits"], arrays["train_logits"]) and len(arrays["test_labels"]) == 30
+    folder = run_method("naive_ft", *flags, *SMALL, "--name", "some of them")[1]
+    assert read(folder)[0]["tested_on_training_images"] is False
+    assert "--test-share" not in capsys.readouterr().out
+
+
 def test_few_images_get_fewer_steps_at_higher_rates(tmp_path):
     from data.folder import PHOTO_RECIPE, PHOTO_SOURCE, recipe_for, source_recipe_for
 
@@ -292,6 +361,7 @@ def test_few_images_get_fewer_steps_at_higher_rates(tmp_path):
 @pytest.mark.parametrize("dataset", ["office_home", "domainnet", "femnist", "iwildcam", "inat_fungi", "folder"])
 def test_methods_run_on_every_set(dataset, method, root, run_method, read):
     pairs = {"office_home": ("--source", "Art", "--target", "Real_World", "--seen-classes", "3")}
+    pairs |= {"folder": ("--source", "camera", "--target", "drawing")}
     pairs |= {"femnist": ("--batch-size", "8")}
     flags = pairs.get(dataset, ()) if dataset == "femnist" else (*SMALL, *pairs.get(dataset, ()))
     where = root / "folder" if dataset == "folder" else root
@@ -314,6 +384,7 @@ def test_every_method_runs_on_images_in_a_cache_file(method, root, run_method, r
 
 def test_runs_on_two_folders_of_images_are_not_mixed_up(root, run_method, tmp_path, capsys):
     flags = ("--dataset", "folder", "--data-root", str(root / "folder"), *SMALL, "--name", "mixed")
+    flags += ("--source", "camera", "--target", "drawing")
     run_method("naive_ft", *flags)
     shutil.copytree(root / "folder", tmp_path / "copy")
     with pytest.raises(SystemExit) as stop:

@@ -1,5 +1,7 @@
 """task.target_unlabelled: whose images are in it, and whose are not."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import replicas
@@ -31,13 +33,17 @@ def root(tmp_path_factory):
     return path
 
 
-def load(root, dataset, unlabelled=data.OWN, source=None, target=None, **flags):
-    source, target = (source, target) if source else SETS[dataset]
+@dataclasses.dataclass
+class Args(data.PoolArgs, data.TaskArgs):
+    pass
+
+
+def load(root, dataset, **flags):
+    source, target = SETS[dataset]
     size = {} if dataset in ("digits", "glyphs", "femnist") else {"image_size": 16}
     place = {"data_root": str(root / "folder" if dataset == "folder" else root)}
     flags = {"seen_classes": "4", **flags} if dataset == "office_home" else flags
-    args = data.TaskArgs(dataset, source, target, **place, **size, **flags)
-    return data.load_task(args, unlabelled)
+    return data.load_task(Args(dataset=dataset, source=source, target=target, **place, **size, **flags), pool=True)
 
 
 def pixels(split):
@@ -69,7 +75,7 @@ def test_the_pool_shares_no_image_and_no_group_with_the_test_set(dataset, pseudo
 
 def test_a_script_that_does_not_ask_gets_none(root):
     assert data.load_task(data.TaskArgs()).target_unlabelled is None
-    assert load_flags("folder", data_root=root / "folder", image_size=16).target_unlabelled is None
+    assert load_flags("folder", "camera", "drawing", data_root=root / "folder", image_size=16).target_unlabelled is None
 
 
 def test_pseudo_unseen_images_stay_in_the_pool(root):
@@ -90,15 +96,15 @@ def folders(tmp_path):
     return tmp_path
 
 
-def load_folders(root, unlabelled, **flags):
-    args = data.TaskArgs("folder", "a", "b", data_root=str(root), image_size=16, **flags)
-    return data.load_task(args, unlabelled)
+def load_folders(root, unlabelled=None, pool=True, **flags):
+    where = {"dataset": "folder", "source": "a", "target": "b", "data_root": str(root), "image_size": 16}
+    return data.load_task(Args(unlabelled=unlabelled, **where, **flags), pool)
 
 
 def test_folders_of_unlabelled_images(folders):
-    plain = load_folders(folders, None)
+    plain = load_folders(folders, pool=False)
     assert plain.classes == ["x", "y", "z"] and len(plain.target_train.labels) == 14, "unlabelled is no class"
-    own, heap = (load_folders(folders, where) for where in (data.OWN, str(folders / "heap")))
+    own, heap = (load_folders(folders, where) for where in (None, str(folders / "heap")))
     for task in (own, heap):
         assert len(task.target_unlabelled.labels) == 19
         for part in ("source_train", "target_train", "target_test"):
@@ -122,4 +128,4 @@ def test_a_heap_that_cannot_be(folders, tmp_path):
         with pytest.raises(InputError, match=rf"--unlabelled .*{name}: no image in it"):
             load_folders(folders, str(tmp_path / name))
     with pytest.raises(InputError, match="--unlabelled: digits is not of image files"):
-        data.load_task(data.TaskArgs(), str(folders / "heap"))
+        data.load_task(Args(unlabelled=str(folders / "heap")), pool=True)

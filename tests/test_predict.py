@@ -38,7 +38,8 @@ def adapted(photos, run_method):
     """A run of naive_ft on the photographs, by the network's name."""
 
     def call(arch="small_cnn", method="naive_ft"):
-        flags = ("--dataset", "folder", "--data-root", str(photos), "--arch", arch, "--name", f"{method}-{arch}")
+        flags = ("--dataset", "folder", "--data-root", str(photos), "--source", "a", "--target", "b")
+        flags += ("--arch", arch, "--name", f"{method}-{arch}")
         weights = () if arch in models.SMALL else ("--weights", "none")
         return run_method(method, *flags, *weights, *SIZE, "--overwrite")[1]
 

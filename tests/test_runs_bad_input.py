@@ -252,6 +252,9 @@ def wrong():
     for value in ("0", "-3", "10", "99999999999999999999", "²", "nowhere.txt", ".", "paper"):
         yield "naive_ft", ["--seen-classes", value], "seen-classes"
     yield "naive_ft", ["--batch-size", "100000"], "batch-size"
+    for value in ("-0.1", "1", "nan", "half"):
+        yield "naive_ft", ["--test-share", value], "test-share"
+    yield "naive_ft", ["--classes", "nowhere.txt"], "classes"
     yield "bn_adapt", ["--arch", "lenet"], "arch"
     yield "naive_ft", ["--arch", "resnet"], "arch"
     yield "naive_ft", ["--arch", "vit_b_16", "--weights", "none"], "arch"

@@ -197,9 +197,11 @@ def photographs(arch, options, folder):
         draw_photos(few, options.photos)
         draw_photos(many, 10 * options.photos)
     source = Path(folder) / f"{arch}.pt"
-    torch.save(models.build(arch, 10, (3, 224, 224), "none").state_dict(), source)
+    state = models.build(arch, 10, (3, 224, 224), "none").state_dict()
+    torch.save({"model": state, "classes": [f"class{i}" for i in range(10)]}, source)
     common = ["--arch", arch, "--batch-size", options.batch_size, "--device", options.device, "--bn-mode", "train"]
-    flags = ["--dataset", "folder", "--seen-classes", 5, "--oracle", "--source-checkpoint", source, *common]
+    flags = ["--dataset", "folder", "--source", "a", "--target", "b", "--seen-classes", 5, "--oracle"]
+    flags += ["--source-checkpoint", source, *common]
     run_method("naive_ft", folder, ["--data-root", few, *flags, "--epochs", 1, "--steps-per-epoch", 1])  # the cache
     what = f"{arch}, {options.batch_size} JPEGs of 300 px"
     rows = against_plain_loop(what, arch, few, common, flags, options, folder)
