@@ -38,7 +38,7 @@ from .inat_fungi import INAT_FUNGI
 from .iwildcam import IWILDCAM
 from .office_home import OFFICE_HOME
 from .splits import pseudo_task, split_domain
-from .unlabelled import image_files, make_pool
+from .unlabelled import image_files, make_pool, read_shares
 from .vtab import VTAB
 
 __all__ = [
@@ -52,7 +52,7 @@ __all__ = [
     "check_flag",
     "crop_resize",
 ]
-__all__ += ["default", "digits", "generator", "glyphs", "random_affine", "random_photo"]
+__all__ += ["default", "digits", "generator", "glyphs", "random_affine", "random_photo", "read_shares"]
 
 DATASETS = {
     "digits": DIGITS,

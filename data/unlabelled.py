@@ -1,7 +1,7 @@
 """Unlabelled images of the target: another setting, for a script that asks load_task for them.
 
-These are the target's training images of every class, and those in ROOT/TARGET/unlabelled of `--dataset folder`; or with
---unlabelled FOLDER those in that folder. Either way the labelled images are among them, without their labels.
+These are the target's training images of every class, and those in ROOT/TARGET/unlabelled of `--dataset folder`; or
+with --unlabelled FOLDER those in that folder. Either way the labelled images are among them, without their labels.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 from files import InputError
 
 from .batches import Split
-from .folder import EXTENSIONS, entries
+from .folder import EXTENSIONS, entries, need
 from .images import Images, pick
 
 
@@ -40,3 +40,22 @@ def make_pool(domain, train, labelled, more, augmentation):
     images = images if isinstance(images, Images) else torch.from_numpy(images)
     group = pick(domain.group, index) if more is None else None
     return Split(images, torch.full((len(images),), -1), augmentation, group)
+
+
+def read_shares(path, classes):
+    """The share of each of the classes, float [C], which add up to 1, from a file with a line `CLASS NUMBER` for each.
+
+    The numbers may be counts. Raises InputError, naming the line or the class.
+    """
+    shares = {}
+    for number, line in enumerate(Path(need(path, "a line CLASS NUMBER for each class")).read_text().splitlines(), 1):
+        name, _, value = line.strip().rpartition(" ")
+        try:
+            shares[name.strip()] = float(value)
+        except ValueError:
+            raise InputError(f"{path}, line {number}: {line!r} is not CLASS NUMBER") from None
+    if set(shares) != set(classes) or not 0 < sum(shares.values()) < float("inf") or min(shares.values()) < 0:
+        wrong = sorted(set(shares) ^ set(classes))
+        raise InputError(f"{path}: needs a number, 0 or more, for each class once{': see ' * bool(wrong)}{wrong[:5]}")
+    values = torch.tensor([shares[name] for name in classes])
+    return values / values.sum()

@@ -1,9 +1,10 @@
 """BatchNorm adaptation: the smallest change that can follow a domain.
 
 --mode affine trains scale and shift of the BatchNorm layers only (Frankle et al., arXiv 2003.00152); --mode stats
-re-estimates their mean and variance on the target images, without a gradient (AdaBN, Li et al., arXiv 1603.04779).
+re-estimates their mean and variance on the target images, without a gradient (AdaBN, Li et al., arXiv 1603.04779);
+--mode pool does so on unlabelled images of all classes, which is another setting.
 Baselines of holistic transfer (NeurIPS 2023, arXiv 2311.01420). Differs from AdaBN: the statistics are the mean over
-the last epoch's batches, of images of the seen classes alone, augmented as in training unless --no-augment says so.
+the last epoch's batches, with stats of images of the seen classes alone, augmented unless --no-augment says so.
 
     python methods/bn_adapt.py    # overall 87.2 ± 2.0, unseen 77.5 on mnist to optdigits, see README
 """
@@ -26,7 +27,7 @@ from files import InputError
 
 @dataclass
 class Method:
-    mode: Literal["affine", "stats"] = "affine"  # train scale and shift by gradient, or re-estimate the statistics
+    mode: Literal["affine", "stats", "pool"] = "affine"  # train scale and shift; re-estimate mean and variance
 
 
 @dataclass
@@ -44,20 +45,25 @@ class Training:
 
 
 @dataclass
-class Args(Method, Training, data.TaskArgs, runs.RunArgs):
+class Args(Method, Training, data.PoolArgs, data.TaskArgs, runs.RunArgs):
     """All flags."""
 
 
 if __name__ == "__main__":
     args = runs.parse(Args)
     with runs.Run(__file__, args) as run:
-        if args.compile and args.mode == "stats":  # a momentum of its own in every step: every step would compile anew
-            raise InputError("--compile: --mode stats has no training step to compile; leave it out")
-        task = data.load_task(args)
+        if args.compile and args.mode != "affine":  # a momentum of its own in every step: every step would compile anew
+            raise InputError(f"--compile: --mode {args.mode} has no training step to compile; leave it out")
+        if args.unlabelled and args.mode != "pool":
+            raise InputError(f"--unlabelled {args.unlabelled}: only --mode pool takes unlabelled images")
+        task = data.load_task(args, pool=args.mode == "pool")
         args = run.open(task)
         models.tune_process()
         device, amp = models.choose_device(args.device, args.amp, args.arch)
         batches = task.target_train.batches(args.batch_size, device, args.seed, args.augment, args.resident)
+        if args.mode == "pool":
+            size = min(args.batch_size, len(task.target_unlabelled.labels))
+            batches = task.target_unlabelled.batches(size, device, args.seed, args.augment, args.resident)
         start = args.weights, args.source_checkpoint, args.source_seed
         source_model = models.source_model(task, args.arch, device, amp, *start, args.runs_dir, run.stop)
         torch.manual_seed(args.seed)
@@ -82,15 +88,16 @@ if __name__ == "__main__":
         for epoch in range(run.epoch, args.epochs + 1):
             model.train()
             for layer in models.batchnorms(model):
-                layer.train(args.mode == "stats" or args.bn_mode == "train")
-                if args.mode == "stats" and run.steps == (epoch - 1) * args.steps_per_epoch:
+                layer.train(args.mode != "affine" or args.bn_mode == "train")
+                if args.mode != "affine" and run.steps == (epoch - 1) * args.steps_per_epoch:
                     layer.reset_running_stats()
             for step in range(run.steps, epoch * args.steps_per_epoch):
                 images, labels = batches(step)
-                if args.mode == "stats":
+                if args.mode != "affine":
                     for layer in layers:  # all batches weigh the same; momentum None would wait for the device
                         layer.momentum = 1 / (step % args.steps_per_epoch + 1)
-                loss = F.cross_entropy(model(images), labels)
+                logits = model(images)
+                loss = logits.new_zeros(()) if args.mode == "pool" else F.cross_entropy(logits, labels)
                 if args.mode == "affine":  # for the statistics, the forward pass is all there is
                     optimizer.zero_grad()
                     scaler.scale(loss).backward()

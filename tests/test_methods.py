@@ -91,7 +91,7 @@ class FindWaits(TorchDispatchMode):
 
 
 LOOPS = [(method, ()) for method in METHODS]
-LOOPS += [("bn_adapt", ("--mode", "stats")), ("lp_ft", ("--pull", "1"))]
+LOOPS += [("bn_adapt", ("--mode", mode)) for mode in ("stats", "pool")] + [("lp_ft", ("--pull", "1"))]
 LOOPS += [("lolsgd", ("--ce", "subset")), ("grad_proj", ("--reference", "gap", "--scope", "layer"))]
 
 

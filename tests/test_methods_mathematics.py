@@ -381,7 +381,7 @@ def test_frozen_head_is_bit_equal(run_method):
     assert not torch.equal(before["backbone.0.weight"], after["backbone.0.weight"])
 
 
-@pytest.mark.parametrize("mode", ["affine", "stats"])
+@pytest.mark.parametrize("mode", ["affine", "stats", "pool"])
 def test_bn_adapt_changes_batchnorm_only(run_method, mode):
     names = run_method("bn_adapt", "--mode", mode, "--name", mode)[0]
     before, after = names["source_model"].state_dict(), names["model"].state_dict()
@@ -391,8 +391,11 @@ def test_bn_adapt_changes_batchnorm_only(run_method, mode):
     assert changed == {f"{layer}.{part}" for layer in layers for part in parts}
 
 
-def test_bn_stats_are_the_mean_over_the_batches(run_method):
-    names = run_method("bn_adapt", "--mode", "stats", "--name", "mean")[0]
+@pytest.mark.parametrize("mode", ["stats", "pool"])
+def test_bn_stats_are_the_mean_over_the_batches(mode, run_method):
+    names = run_method("bn_adapt", "--mode", mode, "--name", f"{mode}_mean")[0]
+    task, split = names["task"], names["batches"].split
+    assert split is (task.target_train if mode == "stats" else task.target_unlabelled)
     epoch = [names["batches"](step)[0] for step in range(3, 6)]  # the last epoch: every epoch starts anew
     first = names["source_model"].backbone[0]
     outputs = [first((images - 0.5) / 0.5) for images in epoch]

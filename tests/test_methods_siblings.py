@@ -17,6 +17,7 @@ SCHEDULER = "scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, a
 LOSS = "loss = F.cross_entropy(model(images), labels)"
 STEPS = "for step in range(run.steps, epoch * args.steps_per_epoch):"
 RESUME = "run.resume(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)"
+LOAD = "task = data.load_task(args)"
 START, EVALUATE = "run.start(model)", "run.evaluate(epoch, model)"
 COUNT = "run.step(loss, images)"
 UPDATE = ["scaler.unscale_(optimizer)", "torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)"]
@@ -25,6 +26,8 @@ UPDATE += ["scaler.step(optimizer)", "scaler.update()", "scheduler.step()"]
 MAY_REPLACE = {
     "bn_adapt": [
         ARGS,
+        LOAD,
+        LOSS,
         'layer.train(args.bn_mode == "train")',
         "optimizer.zero_grad()",
         "scaler.scale(loss).backward()",
@@ -33,6 +36,7 @@ MAY_REPLACE = {
     "frozen_classifier": [],
     "grad_proj": [ARGS, LOSS, "optimizer.zero_grad()", "scaler.scale(loss).backward()", RESUME, COUNT],
     "ht_distill": [ARGS, LOSS, START, RESUME, EVALUATE],
+    "infomax": [ARGS, LOAD, LOSS, RESUME],
     "l2_sp": [ARGS],
     "lolsgd": [ARGS, SCHEDULER, LOSS, STEPS, RESUME, "images, labels = batches(step)", COUNT],
     "lp_ft": [ARGS],

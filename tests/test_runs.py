@@ -78,7 +78,7 @@ def stopped(run, code):
 
 LOLSGD = ("--copies", "2", "--tau", "2", "--epochs", "3")
 CASES = [(method, ()) for method in METHODS if method not in ("bn_adapt", "lolsgd")]
-CASES += [("bn_adapt", ("--mode", mode)) for mode in ("affine", "stats")]
+CASES += [("bn_adapt", ("--mode", mode)) for mode in ("affine", "stats", "pool")]
 CASES += [("lolsgd", LOLSGD), ("naive_ft", ("--bn-mode", "train", "--arch", "dropout"))]
 
 

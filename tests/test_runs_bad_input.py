@@ -230,7 +230,13 @@ def wrong():
     own |= {
         "masked_ft": {"alpha": ("-1", "x")},
         "grad_proj": {"reference": ("x",), "scope": ("x",), "memory": ("1.1", "-0.1")},
-        "bn_adapt": {"mode": ("x",), "bn-mode": ("on",)},
+        "bn_adapt": {"mode": ("x",), "bn-mode": ("on",), "unlabelled": (".",)},
+        "infomax": {
+            "infomax-weight": ("-1", "inf"),
+            "alpha": ("-1", "2"),
+            "memory": ("1.1",),
+            "prior": ("nowhere.txt",),
+        },
     }
     for method, flags in own.items():
         for flag, values in flags.items():
@@ -256,6 +262,8 @@ def wrong():
         yield "naive_ft", ["--test-share", value], "test-share"
     yield "naive_ft", ["--classes", "nowhere.txt"], "classes"
     yield "bn_adapt", ["--arch", "lenet"], "arch"
+    for folder in (".", "nowhere"):
+        yield "infomax", ["--unlabelled", folder], "unlabelled"
     yield "naive_ft", ["--arch", "resnet"], "arch"
     yield "naive_ft", ["--arch", "vit_b_16", "--weights", "none"], "arch"
     yield "naive_ft", ["--weights", "imagenet"], "weights"
