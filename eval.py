@@ -243,7 +243,7 @@ def pseudo_splits(folder):
     splits, flags = [], read_flags(folder)
     for path in sorted(folder.parent.glob(f"{folder.name}-pseudo*/done.json")):
         own = read_flags(path.parent)
-        both = own.keys() & flags.keys() - {"pseudo_split"}
+        both = own.keys() & flags.keys() - {"pseudo_split", "batch_size"}  # of few images a batch is smaller
         if other := [f"{name} {own[name]} (there {flags[name]})" for name in sorted(both) if own[name] != flags[name]]:
             raise ValueError(f"{path.parent}: other {', '.join(other)} than {folder}; run it again with --overwrite")
         splits.append(read_arrays(path.with_name("logits.npz"), REQUIRED))

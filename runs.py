@@ -113,6 +113,45 @@ def versions(model):
     return {"torch": torch.__version__, "numpy": np.__version__, **here, "gpu": gpu, "amp": amp}
 
 
+def shortened(names, most=8):
+    """Names in one line; of many the first, and how many more there are."""
+    return ", ".join(names[:most]) + f" and {len(names) - most} more" * (len(names) > most)
+
+
+def introduction(task, args, model):
+    """What a run is about to do: its classes, its images, where and how it trains; a line each."""
+    names, seen = np.array(task.classes), task.seen.numpy()
+    train, test, recipe = task.target_train, task.target_test, task.recipe["batch_size"]
+    yield f"{len(names)} classes, {seen.sum()} seen: {shortened(names[seen])}; unseen: {shortened(names[~seen])}"
+    yield f"images of {task.target}: {len(train.labels)} to train on, {len(test.labels)} to test on"
+    if test is train:
+        yield NO_TEST
+    here = versions(model)
+    yield f"{args.arch} in {here['amp'] or 'float32'} on {here['gpu'] or next(model.parameters()).device}"
+    rates = f"--lr {args.lr}, --backbone-lr {args.backbone_lr}"
+    yield f"{args.epochs} x {args.steps_per_epoch} steps of {args.batch_size} images, {rates}"
+    if args.batch_size == len(train.labels) < recipe:
+        yield f"a batch has all {args.batch_size} images, not the recipe's {recipe}"
+
+
+def hints(logits, labels, given):
+    """What to do about a source model that is often wrong, from its logits [N, C] on the labelled images and their
+    labels [N]; a line or none. given: it is the user's file, whose classes may be in another order."""
+    from scipy.optimize import linear_sum_assignment  # takes a second
+
+    counts = np.zeros((logits.shape[1], logits.shape[1]))
+    np.add.at(counts, (labels, logits.argmax(1)), 1 / len(labels))
+    right, largest = np.trace(counts), counts.sum(1).max()
+    in_another_order = counts[linear_sum_assignment(counts, maximize=True)].sum()
+    what = f"the source model is right on {right:.0%} of the labelled images"
+    if given and in_another_order > max(0.5, 2 * right, 1.5 * largest):
+        return [f"{what}, with its classes in another order on {in_another_order:.0%}: check the order of --classes"]
+    if right < 0.3:
+        how = "check --arch, --image-size and --classes" if given else "try more --source-steps, or another --arch"
+        return [f"a weak teacher, {what}: {how}"]
+    return []
+
+
 class Run:
     """The folder runs/<dataset>/<source>-<target>/<method>/split<k>-seed<s>[-source<n>]/ and what is written into it.
     epoch, steps: where the run goes on. source: the source model's logits "test" and "train" as tensors, its "figures",
@@ -161,6 +200,7 @@ class Run:
         self.task = task
         known = {name: getattr(task, name) for name in ("source", "target", "seen_classes")} | task.recipe
         known |= {f"source_{name}": value for name, value in task.source_recipe.items()}
+        known["batch_size"] = min(known["batch_size"], len(task.target_train.labels))
         blank = [name for name, value in vars(self.args).items() if value is None and name in known]
         args = self.args = dataclasses.replace(self.args, **{name: known[name] for name in blank})
         where = f"{args.dataset}/{args.source}-{args.target}/{self.method}/split{args.split_seed}-seed{args.seed}"
@@ -215,18 +255,16 @@ class Run:
                 self.checkpoint.refuse("of a run from another source model or with other classes or images")
             return
         self.stop.release()
-        train_logits = predict(model, self.task.target_train.images)
-        correct = train_logits.argmax(1) == self.task.target_train.labels.numpy()
+        train_logits, labels = predict(model, self.task.target_train.images), self.task.target_train.labels.numpy()
         for name in ("done.json", "logits.npz", "model.pt", "checkpoint.pt", "args.json"):
             (self.folder / name).unlink(missing_ok=True)
-        print(self.folder)
-        if self.task.target_test is self.task.target_train:
-            print(NO_TEST)
-        print(HEADER)
-        extras["train"] = mean_percent(correct)
+        lines = [*introduction(self.task, self.args, model), str(self.folder)]
+        lines += hints(train_logits, labels, self.args.source_checkpoint)
+        print(*lines, HEADER, sep="\n")
+        extras["train_accuracy"] = mean_percent(train_logits.argmax(1) == labels)
         figures = self.write_line(0, model, None, extras)
         self.source = {"train": torch.from_numpy(train_logits), "test": torch.from_numpy(self.test_logits)}
-        self.source |= {"figures": figures, "train_accuracy": extras["train"]}
+        self.source |= {"figures": figures, "train_accuracy": extras["train_accuracy"]}
 
     def resume(self, **parts):
         """Put the parts, all that a step changes, where an earlier start left them. From here on a signal waits."""
@@ -291,7 +329,7 @@ class Run:
         self.write_log()
         cells = number(loss, 9, 4) + "".join(number(figures[name], 8) for name in ("seen", "unseen", "overall"))
         more = "".join(f"  {name} {v:.4g}" for name, v in (extras | means).items() if isinstance(v, float))
-        print(f"{epoch:5d}{cells}{number(speed, 10, 0)}{number(seconds, 9, 1)}{more}", flush=True)
+        print(f"{epoch:5d}{cells}{number(speed, 10, 0)}{number(seconds, 9, 1)}{more.replace('_', ' ')}", flush=True)
         return figures
 
     def calibrate(self, model):
