@@ -55,6 +55,8 @@ class TaskArgs:
     data_root: default(str, "$HT_DATA, else datasets") = None  # folder with one folder per data set
     download: FlagCreatePairsOff[bool] = False  # fetch what is missing, where there is a stable address
     image_size: default(int, PHOTO_RECIPE["image_size"]) = None  # side of the squares that photographs become
+    cache_dir: default(str, "DATA_ROOT/.cache", "FOLDER") = None  # where photographs are kept decoded
+    no_flip: FlagCreatePairsOff[bool] = False  # never mirror photographs in training: for signs, digits, text
     skip_bad_images: FlagCreatePairsOff[bool] = False  # leave out images that cannot be read
     ignore_unknown_classes: FlagCreatePairsOff[bool] = False  # leave out target images of classes that the source lacks
     arch: by_recipe(str, "arch") = None  # or another of torchvision, timm:NAME, clip:NAME
@@ -89,3 +91,22 @@ def known_classes(args):
     if not names or len(set(names)) < len(names):
         raise InputError(f"--classes {path}: must have a class name per line, each once")
     return names
+
+
+def cache_folders(args, root):
+    """Where decoded images are kept: --cache-dir, or .cache below --data-root and, if that cannot be written, below
+    --runs-dir. root: the data set's folder."""
+    if args.cache_dir:
+        return [Path(args.cache_dir)]
+    beside = root if args.dataset == "folder" else root.parent
+    return [beside / ".cache", Path(getattr(args, "runs_dir", "runs")) / ".cache"]
+
+
+def augmentation_of(args, augmentation):
+    """The data set's random changes of training images; with --no-flip, photographs' without flips. Raises InputError
+    where there are none."""
+    if not args.no_flip:
+        return augmentation
+    if "crop" not in augmentation:
+        raise InputError(f"--no-flip: images of {args.dataset} are never flipped; leave the flag out")
+    return augmentation | {"flip": 0.0}
