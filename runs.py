@@ -49,6 +49,7 @@ class RunArgs:
     runs_dir: str = "runs"  # where run folders and source models are kept
     name: data.default(str, "the script's") = None  # the method's name in the run folder, to keep variants apart
     calibrate: data.default(Literal["alg"] | float, "none", "BIAS") = None  # on unseen logits, last: alg or a number
+    track: Literal["none", "tensorboard"] = "none"  # write what log.jsonl holds for TensorBoard too
     checkpoint_every: float = 5.0  # minutes between checkpoints; 0: one after every step
     save_model: FlagCreatePairsOff[bool] = True  # keep the adapted weights as model.pt
     overwrite: FlagCreatePairsOff[bool] = False  # start anew, whatever the run folder holds
@@ -68,9 +69,20 @@ def parse(args_class):
             raise InputError(f"--name {args.name}: must be the name of a folder, not a path")
         if args.calibrate != "alg":
             data.check_flag("calibrate", args.calibrate, -data.MOST)
+        if args.track == "tensorboard":
+            summary_writer()
     except InputError as error:
         fail(error)
     return args
+
+
+def summary_writer():
+    """TensorBoard's class. Raises InputError if it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError("--track tensorboard: needs a package that is optional: pip install tensorboard") from error
+    return SummaryWriter
 
 
 def fail(error):
@@ -160,7 +172,7 @@ class Run:
     def __init__(self, script, args):
         self.args, self.started = args, time.perf_counter()
         self.method = args.name or Path(script).stem + ("-oracle" if args.oracle else "")
-        self.stop, self.lock = files.Stop(args.checkpoint_every), None
+        self.stop, self.lock, self.writer = files.Stop(args.checkpoint_every), None, None
         self.lines, self.epoch, self.steps, self.images = [], 1, 0, 0
         self.values, self.pending, self.origin, self.source = {}, {}, None, None
 
@@ -170,6 +182,8 @@ class Run:
 
     def __exit__(self, kind, error, trace):
         self.stop.give_back()
+        if self.writer is not None:
+            self.writer.close()
         if self.lock is not None:
             self.leave()
         if isinstance(error, torch.OutOfMemoryError):
@@ -258,6 +272,8 @@ class Run:
         train_logits, labels = predict(model, self.task.target_train.images), self.task.target_train.labels.numpy()
         for name in ("done.json", "logits.npz", "model.pt", "checkpoint.pt", "args.json"):
             (self.folder / name).unlink(missing_ok=True)
+        for path in self.folder.glob("events.out.tfevents.*"):
+            path.unlink()
         lines = [*introduction(self.task, self.args, model), str(self.folder)]
         lines += hints(train_logits, labels, self.args.source_checkpoint)
         print(*lines, HEADER, sep="\n")
@@ -280,6 +296,18 @@ class Run:
         if not (self.folder / "args.json").exists():
             files.write_text(self.folder / "args.json", json.dumps(self.record, indent=2))
         files.write_text(self.folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
+
+    def track(self, line):
+        """Write the figures of a line for TensorBoard too, with --track. What an earlier start wrote of this step and
+        later ones counts no more."""
+        if self.args.track == "none":
+            return
+        if self.writer is None:
+            self.writer = summary_writer()(self.folder, purge_step=line["step"])
+        for name, value in line.items():
+            if value is not None:
+                self.writer.add_scalar(name, value, line["step"])
+        self.writer.flush()
 
     def step(self, loss, images, **extras):
         """Count a step. The loss and extras, scalar tensors whose means are logged, stay on their device until then."""
@@ -327,6 +355,7 @@ class Run:
         line |= {"test_images_per_second": test_speed, "seconds": seconds, **extras, **means}
         self.lines.append(line)
         self.write_log()
+        self.track(line)
         cells = number(loss, 9, 4) + "".join(number(figures[name], 8) for name in ("seen", "unseen", "overall"))
         more = "".join(f"  {name} {v:.4g}" for name, v in (extras | means).items() if isinstance(v, float))
         print(f"{epoch:5d}{cells}{number(speed, 10, 0)}{number(seconds, 9, 1)}{more.replace('_', ' ')}", flush=True)
