@@ -49,7 +49,7 @@ class TaskArgs:
     target: default(str, "the next one") = None  # domain to adapt to
     seen_classes: default(str, "half, or published") = None  # how many, a file of names, paper, or data (all)
     oracle: FlagCreatePairsOff[bool] = False  # train on target images of all classes: an upper bound
-    test_share: default(float, "0.3", "P") = None  # of each target class's images; 0: train on all
+    test_share: default(float, "0.3", "P") = None  # share of each target class to test on; 0: train on all
     split_seed: int = 0  # which classes are seen, which images are for training
     pseudo_split: default(int, "none") = None  # run k of PCV calibration: seen classes play the unseen
     data_root: default(str, "$HT_DATA, else datasets") = None  # folder with one folder per data set
