@@ -68,19 +68,24 @@ class RunGrid:
     flags: str = ""
     """flags for every run, with an equals sign: --flags="--epochs 5 --device cuda" """
     print_commands: bool = False
-    """print the commands, one a line, and run nothing"""
+    """print the commands of runs that are not finished, one a line, and run nothing"""
 
 
 def expand(pair, flags):
-    """[pair], or for dataset:source:all a pair with every target that the source can have."""
+    """[pair], or for dataset:source:all one for every target. Raises InputError at a name that does not exist."""
     if pair.count(":") != 2:
         raise InputError(f"--pairs {pair}: write dataset:source:target, or dataset:source:all")
     dataset, source, target = pair.split(":")
-    if target != "all":
-        return [pair]
     words = shlex.split(flags.replace("=", " "))
-    data_root = words[words.index("--data-root") + 1] if "--data-root" in words[:-1] else None
-    return [f"{dataset}:{source}:{name}" for name in data.targets(dataset, source, data_root)]
+    root, file = (dict(itertools.pairwise(words)).get(flag) for flag in ("--data-root", "--source-checkpoint"))
+    try:
+        names = data.targets(dataset, source, root) if target == "all" else [target]
+        for name in names:
+            flags = data.TaskArgs(dataset, source, name, data_root=root, source_checkpoint=file)
+            data.choose_domains(flags, data.domain_names(dataset, root))
+    except InputError as error:
+        raise InputError(f"--pairs {pair}: {error}") from error
+    return [f"{dataset}:{source}:{name}" for name in names]
 
 
 def cell_command(method, pair, split_seed, source_seed, seed, grid):
@@ -158,11 +163,12 @@ def run_cells(waiting, jobs, bar):
 def run_grid(grid):
     """Run what is not finished yet. Raises InputError, with a text for each run that failed."""
     commands = grid_commands(grid)
-    if grid.print_commands:
-        print("\n".join(map(shlex.join, commands)))
-        return
     finished = {read_json(path).get("command") for path in Path(grid.runs_dir).rglob("done.json")}
     waiting = [command for command in commands if "--overwrite" in command or shlex.join(command) not in finished]
+    if grid.print_commands:
+        for command in waiting:
+            print(shlex.join(command))
+        return
     with tqdm(total=len(commands), initial=len(commands) - len(waiting), unit="run") as bar:
         failures = run_cells(waiting, grid.jobs, bar)
     if failures:
@@ -172,9 +178,7 @@ def run_grid(grid):
 @dataclass
 class Report:
     """Mean and 95 % interval over splits, of runs that differ only in their seeds, and the difference to a reference.
-
-    Runs of one split, with other seeds or source models, are averaged first: only splits are independent.
-    """
+    Runs of one split, with other seeds or source models, are averaged first: only splits are independent."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs"),)
     """folders with finished runs somewhere below them"""
@@ -244,10 +248,8 @@ def with_source(methods):
 
 
 def values(runs, name):
-    """{key: accuracy} of the runs that have it; for alg, pcv, ... the overall accuracy after that calibration.
-
-    Of pcv all or none: a mean over some of the runs would mislead.
-    """
+    """{key: accuracy} of the runs that have it; for alg, pcv, ... the overall accuracy after that calibration. Of pcv
+    all or none: a mean over some of the runs would mislead."""
     if name in CALIBRATED:
         column = {key: run[name] and run[name]["overall"] for key, run in runs.items()}
     else:
@@ -313,9 +315,7 @@ def rows_of(tasks, reference):
 
 def over_tasks(rows, tuned_on):
     """A row per method: what it closed on every task, and its mean and worst over all; the methods without come last.
-
-    Tasks of the pairs dataset:source:target in tuned_on have a * behind their names.
-    """
+    Tasks of the pairs dataset:source:target in tuned_on have a * behind their names."""
     for pair in tuned_on:
         if pair.count(":") != 2:
             raise InputError(f"--tuned-on {pair}: write dataset:source:target")

@@ -201,7 +201,7 @@ def pcv_gamma(splits):
 REQUIRED = ("test_logits", "test_labels", "seen")
 OPTIONAL = ("source_test_logits", "train_logits", "train_labels", "source_train_logits", "classes")
 NOT_COMPARED = ("device", "resident", "overwrite", "save_model", "checkpoint_every")  # flags that change no figure
-NOT_COMPARED += ("runs_dir", "data_root", "download")
+NOT_COMPARED += ("runs_dir", "data_root", "download", "cache_dir", "track")
 CALIBRATED = ("alg", "alg_source", "pcv", "oracle_gamma")  # biases on the unseen classes' logits
 UNKNOWN = "Without test images of both seen and unseen classes, overall is not known (-) and a row is not ranked."
 SHOWN = ("run", "source_overall", "overall", "seen", "unseen", "unseen_among_unseen", "ausuc", "alg_overall")
@@ -243,7 +243,7 @@ def pseudo_splits(folder):
     splits, flags = [], read_flags(folder)
     for path in sorted(folder.parent.glob(f"{folder.name}-pseudo*/done.json")):
         own = read_flags(path.parent)
-        both = own.keys() & flags.keys() - {"pseudo_split"}
+        both = own.keys() & flags.keys() - {"pseudo_split", "batch_size"}  # of few images a batch is smaller
         if other := [f"{name} {own[name]} (there {flags[name]})" for name in sorted(both) if own[name] != flags[name]]:
             raise ValueError(f"{path.parent}: other {', '.join(other)} than {folder}; run it again with --overwrite")
         splits.append(read_arrays(path.with_name("logits.npz"), REQUIRED))

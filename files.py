@@ -134,7 +134,9 @@ def take_lock(path, owned, wait=False):
 
 
 def differences(old, new):
-    """What two dicts of flags differ in, for people; "" if in nothing."""
+    """What two dicts of flags differ in, for people; "" if in nothing. None and False are as no flag: an older run has
+    no flag that is newer than it."""
+    old, new = ({k: v for k, v in flags.items() if v is not None and v is not False} for flags in (old, new))
     names = [name for name in new | old if new.get(name) != old.get(name)]
     return ", ".join(f"{name} {old.get(name)} (now {new.get(name)})" for name in names)
 

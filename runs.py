@@ -49,6 +49,7 @@ class RunArgs:
     runs_dir: str = "runs"  # where run folders and source models are kept
     name: data.default(str, "the script's") = None  # of the run's folder, to keep variants apart
     calibrate: data.default(Literal["alg"] | float, "none", "BIAS") = None  # on unseen logits, last: alg or a number
+    track: Literal["none", "tensorboard"] = "none"  # write what log.jsonl holds for TensorBoard too
     checkpoint_every: float = 5.0  # minutes between checkpoints; 0: one after every step
     save_model: FlagCreatePairsOff[bool] = True  # keep the adapted weights as model.pt
     overwrite: FlagCreatePairsOff[bool] = False  # start anew, whatever the run folder holds
@@ -68,9 +69,20 @@ def parse(args_class):
             raise InputError(f"--name {args.name}: must be the name of a folder, not a path")
         if args.calibrate != "alg":
             data.check_flag("calibrate", args.calibrate, -data.MOST)
+        if args.track == "tensorboard":
+            summary_writer()
     except InputError as error:
         fail(error)
     return args
+
+
+def summary_writer():
+    """TensorBoard's class. Raises InputError if it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError("--track tensorboard: needs a package that is optional: pip install tensorboard") from error
+    return SummaryWriter
 
 
 def fail(error):
@@ -114,6 +126,49 @@ def versions(model):
     return {"torch": torch.__version__, "numpy": np.__version__, **here, "gpu": gpu, "amp": amp}
 
 
+def shortened(names, most=8):
+    """Names in one line; of many the first, and how many more there are."""
+    return ", ".join(names[:most]) + f" and {len(names) - most} more" * (len(names) > most)
+
+
+def introduction(task, args, model):
+    """What a run is about to do: its classes, its images, where and how it trains; a line each."""
+    names, seen = np.array(task.classes), task.seen.numpy()
+    train, test, recipe = task.target_train, task.target_test, task.recipe["batch_size"]
+    yield f"{len(names)} classes, {seen.sum()} seen: {shortened(names[seen])}; unseen: {shortened(names[~seen])}"
+    yield f"images of {task.target}: {len(train.labels)} to train on, {len(test.labels)} to test on"
+    if test is train:
+        yield NO_TEST
+    if task.target_unlabelled:
+        yield f"another setting: {len(task.target_unlabelled.labels)} unlabelled images of the target, of any class"
+    here = versions(model)
+    yield f"{args.arch} in {here['amp'] or 'float32'} on {here['gpu'] or next(model.parameters()).device}"
+    rates = f"--lr {args.lr}, --backbone-lr {args.backbone_lr}"
+    yield f"{args.epochs} x {args.steps_per_epoch} steps of {args.batch_size} images, {rates}"
+    if args.batch_size == len(train.labels) < recipe:
+        yield f"a batch has all {args.batch_size} images, not the recipe's {recipe}"
+
+
+def hints(logits, labels, given):
+    """What to do about a source model that is often wrong, from its logits [N, C] on the labelled images and their
+    labels [N]; a line or none. given: it is the user's file, whose classes may be in another order."""
+    counts = np.zeros((logits.shape[1], logits.shape[1]))
+    np.add.at(counts, (labels, logits.argmax(1)), 1 / len(labels))
+    right, largest = np.trace(counts), counts.sum(1).max()
+    what = f"the source model is right on {right:.0%} of the labelled images"
+    if given:
+        from scipy.optimize import linear_sum_assignment  # takes a second
+
+        in_another_order = counts[linear_sum_assignment(counts, maximize=True)].sum()
+        if in_another_order > max(0.5, 2 * right, 1.5 * largest):
+            how = "check the order of --classes"
+            return [f"{what}, with its classes in another order on {in_another_order:.0%}: {how}"]
+    if right < 0.3:
+        how = "check --arch, --image-size and --classes" if given else "try more --source-steps, or another --arch"
+        return [f"a weak teacher, {what}: {how}"]
+    return []
+
+
 class Run:
     """The folder runs/<dataset>/<source>-<target>/<method>/split<k>-seed<s>[-source<n>]/ and what is written into it.
     epoch, steps: where the run goes on. source: the source model's logits "test" and "train" as tensors, its "figures",
@@ -122,7 +177,7 @@ class Run:
     def __init__(self, script, args):
         self.args, self.started = args, time.perf_counter()
         self.method = args.name or Path(script).stem + ("-oracle" if args.oracle else "")
-        self.stop, self.lock = files.Stop(args.checkpoint_every), None
+        self.stop, self.lock, self.writer = files.Stop(args.checkpoint_every), None, None
         self.lines, self.epoch, self.steps, self.images = [], 1, 0, 0
         self.values, self.pending, self.origin, self.source = {}, {}, None, None
 
@@ -132,6 +187,8 @@ class Run:
 
     def __exit__(self, kind, error, trace):
         self.stop.give_back()
+        if self.writer is not None:
+            self.writer.close()
         if self.lock is not None:
             self.leave()
         if isinstance(error, torch.OutOfMemoryError):
@@ -162,6 +219,7 @@ class Run:
         self.task = task
         known = {name: getattr(task, name) for name in ("source", "target", "seen_classes")} | task.recipe
         known |= {f"source_{name}": value for name, value in task.source_recipe.items()}
+        known["batch_size"] = min(known["batch_size"], len(task.target_train.labels))
         blank = [name for name, value in vars(self.args).items() if value is None and name in known]
         args = self.args = dataclasses.replace(self.args, **{name: known[name] for name in blank})
         where = f"{args.dataset}/{args.source}-{args.target}/{self.method}/split{args.split_seed}-seed{args.seed}"
@@ -216,18 +274,18 @@ class Run:
                 self.checkpoint.refuse("of a run from another source model or with other classes or images")
             return
         self.stop.release()
-        train_logits = predict(model, self.task.target_train.images)
-        correct = train_logits.argmax(1) == self.task.target_train.labels.numpy()
+        train_logits, labels = predict(model, self.task.target_train.images), self.task.target_train.labels.numpy()
         for name in ("done.json", "logits.npz", "model.pt", "checkpoint.pt", "args.json"):
             (self.folder / name).unlink(missing_ok=True)
-        print(self.folder)
-        if self.task.target_test is self.task.target_train:
-            print(NO_TEST)
-        print(HEADER)
-        extras["train"] = mean_percent(correct)
+        for path in self.folder.glob("events.out.tfevents.*"):
+            path.unlink()
+        lines = [*introduction(self.task, self.args, model), str(self.folder)]
+        lines += hints(train_logits, labels, self.args.source_checkpoint)
+        print(*lines, HEADER, sep="\n")
+        extras["train_accuracy"] = mean_percent(train_logits.argmax(1) == labels)
         figures = self.write_line(0, model, None, extras)
         self.source = {"train": torch.from_numpy(train_logits), "test": torch.from_numpy(self.test_logits)}
-        self.source |= {"figures": figures, "train_accuracy": extras["train"]}
+        self.source |= {"figures": figures, "train_accuracy": extras["train_accuracy"]}
 
     def resume(self, **parts):
         """Put the parts, all that a step changes, where an earlier start left them. From here on a signal waits."""
@@ -243,6 +301,18 @@ class Run:
         if not (self.folder / "args.json").exists():
             files.write_text(self.folder / "args.json", json.dumps(self.record, indent=2))
         files.write_text(self.folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
+
+    def track(self, line):
+        """Write the figures of a line for TensorBoard too, with --track. What an earlier start wrote of this step and
+        later ones counts no more."""
+        if self.args.track == "none":
+            return
+        if self.writer is None:
+            self.writer = summary_writer()(self.folder, purge_step=line["step"])
+        for name, value in line.items():
+            if value is not None:
+                self.writer.add_scalar(name, value, line["step"])
+        self.writer.flush()
 
     def step(self, loss, images, **extras):
         """Count a step. The loss and extras, scalar tensors whose means are logged, stay on their device until then."""
@@ -290,9 +360,10 @@ class Run:
         line |= {"test_images_per_second": test_speed, "seconds": seconds, **extras, **means}
         self.lines.append(line)
         self.write_log()
+        self.track(line)
         cells = number(loss, 9, 4) + "".join(number(figures[name], 8) for name in ("seen", "unseen", "overall"))
         more = "".join(f"  {name} {v:.4g}" for name, v in (extras | means).items() if isinstance(v, float))
-        print(f"{epoch:5d}{cells}{number(speed, 10, 0)}{number(seconds, 9, 1)}{more}", flush=True)
+        print(f"{epoch:5d}{cells}{number(speed, 10, 0)}{number(seconds, 9, 1)}{more.replace('_', ' ')}", flush=True)
         return figures
 
     def calibrate(self, model):

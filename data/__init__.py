@@ -30,29 +30,30 @@ from .batches import Batches, Split
 from .digits import DIGITS, digits
 from .domainnet import DOMAINNET
 from .femnist import FEMNIST
-from .flags import LEAST, MOST, PoolArgs, TaskArgs, by_recipe, check_flag, default, known_classes
+from .flags import (
+    LEAST,
+    MOST,
+    PoolArgs,
+    TaskArgs,
+    augmentation_of,
+    by_recipe,
+    cache_folders,
+    check_flag,
+    default,
+    known_classes,
+)
 from .folder import FOLDER, Domain, model_as_source, plain_domains
 from .glyphs import GLYPHS, glyphs
 from .images import Images, open_images, pick
 from .inat_fungi import INAT_FUNGI
 from .iwildcam import IWILDCAM
 from .office_home import OFFICE_HOME
-from .splits import pseudo_task, split_domain
+from .splits import pseudo_task, split_domain, split_target
 from .unlabelled import image_files, make_pool, read_shares
 from .vtab import VTAB
 
-__all__ = [
-    "LEAST",
-    "MOST",
-    "Batches",
-    "PoolArgs",
-    "TaskArgs",
-    "by_recipe",
-    "change_colours",
-    "check_flag",
-    "crop_resize",
-]
-__all__ += ["default", "digits", "generator", "glyphs", "random_affine", "random_photo", "read_shares"]
+__all__ = ["LEAST", "MOST", "Batches", "PoolArgs", "TaskArgs", "by_recipe", "change_colours", "check_flag"]
+__all__ += ["crop_resize", "default", "digits", "generator", "glyphs", "random_affine", "random_photo", "read_shares"]
 
 DATASETS = {
     "digits": DIGITS,
@@ -147,10 +148,6 @@ def home(dataset, data_root):
     return root if dataset == "folder" else root / dataset
 
 
-def cache_folder(dataset, root):
-    return (root if dataset == "folder" else root.parent) / ".cache"
-
-
 def domain_names(dataset, data_root=None):
     """The data set's domains, the default source and target first. Raises InputError if there is no such data set, or
     if they must be read from files that are not there."""
@@ -221,9 +218,9 @@ def load_domain(domain, args, more=()):
     found = Domain(*found)
     if isinstance(found.images, list):
         size = args.image_size or entry["recipe"]["image_size"]
-        name, cache = f"{args.dataset}-{domain}", cache_folder(args.dataset, root)
+        name, caches = f"{args.dataset}-{domain}", cache_folders(args, root)
         fit = "crop" if (args.arch or entry["recipe"]["arch"]).startswith("clip:") else "squash"
-        images, good = open_images(name, root, [*found.images, *more], size, cache, args.skip_bad_images, fit)
+        images, good = open_images(name, root, [*found.images, *more], size, caches, args.skip_bad_images, fit)
         count = np.count_nonzero(good < len(found.images))
         own, others = (images.subset(part) for part in (slice(count), slice(count, None)))
         return found.take(own, good[:count]), others if more else None
@@ -247,18 +244,6 @@ def source_splits(domain, augmentation):
         return None, None
     index = split_domain(domain, 0.9, np.random.default_rng(0), keep_single=True)
     return [make_split(domain, part, augmentation) for part in index]
-
-
-def split_target(domain, target, args):
-    """(training indices, test indices) of the target's Domain; with --test-share 0 all of them and none. Raises
-    InputError where the flag meets a published split, and where no image is left to test on."""
-    share = 0.3 if args.test_share is None else args.test_share
-    if args.test_share is not None and domain.test is not None:
-        raise InputError(f"--test-share {share}: {target} has a split of its own; leave the flag out")
-    train, test = split_domain(domain, 1 - share, np.random.default_rng((args.split_seed, 1)))
-    if share and not len(test):
-        raise InputError(f"--target {target}: no image is left to test on")
-    return train, test
 
 
 def load_task(args, pool=False):
@@ -286,7 +271,7 @@ def load_task(args, pool=False):
     classes = whole.classes if whole and not args.classes else named or here.classes
     whole = whole and relabel(whole, classes, f"--source {source}", args.ignore_unknown_classes)
     here = relabel(here, classes, f"--target {target}", args.ignore_unknown_classes)
-    train, test = split_target(here, target, args)
+    train, test = split_target(here, target, args.split_seed, args.test_share)
     present = np.isin(np.arange(len(classes)), here.labels[train])
     paper = entry.get("paper", {}).get(source)
     seen_classes = seen_flag(args, paper, len(classes))
@@ -294,13 +279,14 @@ def load_task(args, pool=False):
     labelled = train[seen.numpy()[here.labels[train]]]
     if args.oracle and not (present & ~seen.numpy()).any():
         raise InputError(f"--oracle: the target {target} has training images of the seen classes only")
+    augmentation = augmentation_of(args, entry["augmentation"])
     used = train if args.oracle else labelled
-    splits = [*source_splits(whole, entry["augmentation"]), make_split(here, used, entry["augmentation"])]
-    splits += [make_split(here, test, entry["augmentation"]) if len(test) else splits[-1]]
+    splits = [*source_splits(whole, augmentation), make_split(here, used, augmentation)]
+    splits += [make_split(here, test, augmentation) if len(test) else splits[-1]]
     recipes = recipes_of(args, entry, len(labelled), splits[0] and len(splits[0].labels))  # an oracle trains as long
     task = Task(args.dataset, source, target, classes, seen, *splits, *recipes, seen_classes)
     if pool:
-        task.target_unlabelled = make_pool(here, train, used, others, entry["augmentation"])
+        task.target_unlabelled = make_pool(here, train, used, others, augmentation)
     return task if args.pseudo_split is None else pseudo_task(task, args.split_seed, args.pseudo_split)
 
 

@@ -96,9 +96,10 @@ def change_colours(images, brightness, contrast, saturation, hue, gray, order=(0
     return blend(images, to_gray(images), 1 - gray.to(images.dtype))
 
 
-def random_photo(images, rng, crop=0.7, jitter=0.3, gray=0.1):
-    """The published recipe for photographs: RandomResizedCrop of scale crop..1 and ratio 3/4..4/3, a flip of half of
-    them, ColorJitter of strength jitter four times, no colour with probability gray. All drawn from `rng`, on the CPU.
+def random_photo(images, rng, crop=0.7, jitter=0.3, gray=0.1, flip=0.5):
+    """The published recipe for photographs: RandomResizedCrop of scale crop..1 and ratio 3/4..4/3, a flip with
+    probability flip, ColorJitter of strength jitter four times, no colour with probability gray. All drawn from `rng`,
+    on the CPU.
 
     images [N, 3, H, W] float in [0, 1]. Two things differ from torchvision: the crop is of the image that was already
     resized to the square, and the four colour changes come in one random order for the whole batch.
@@ -114,9 +115,9 @@ def random_photo(images, rng, crop=0.7, jitter=0.3, gray=0.1):
     h = torch.where(any_fits, h.gather(0, first)[0], height)
     top, left = (u[20] * (height - h + 1)).floor(), (u[21] * (width - w + 1)).floor()
     factors, hue = 1 + jitter * (2 * u[23:26] - 1), jitter * (2 * u[26] - 1)
-    flip, no_colour = u[22] < 0.5, u[27] < gray
-    parameters = torch.stack([top, left, h, w, flip, *factors, hue, no_colour]).to(images.device, non_blocking=True)
-    top, left, h, w, flip, *factors, hue, no_colour = parameters
-    images = crop_resize(images, top, left, h, w, flip.bool())
+    mirrored, no_colour = u[22] < flip, u[27] < gray
+    parameters = torch.stack([top, left, h, w, mirrored, *factors, hue, no_colour]).to(images.device, non_blocking=True)
+    top, left, h, w, mirrored, *factors, hue, no_colour = parameters
+    images = crop_resize(images, top, left, h, w, mirrored.bool())
     order = np.random.default_rng(rng.initial_seed()).permutation(4)
     return change_colours(images, *factors, hue, no_colour.bool(), order)

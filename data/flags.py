@@ -49,18 +49,20 @@ class TaskArgs:
     target: default(str, "the next one") = None  # domain to adapt to
     seen_classes: default(str, "half, or published") = None  # how many, a file of names, paper, or data (all)
     oracle: FlagCreatePairsOff[bool] = False  # train on target images of all classes: an upper bound
-    test_share: default(float, "0.3") = None  # of each target class's images, for the test; 0: train on all
+    test_share: default(float, "0.3", "P") = None  # share of each target class to test on; 0: train on all
     split_seed: int = 0  # which classes are seen, which images are for training
     pseudo_split: default(int, "none") = None  # run k of PCV calibration: seen classes play the unseen
     data_root: default(str, "$HT_DATA, else datasets") = None  # folder with one folder per data set
     download: FlagCreatePairsOff[bool] = False  # fetch what is missing, where there is a stable address
     image_size: default(int, PHOTO_RECIPE["image_size"]) = None  # side of the squares that photographs become
+    cache_dir: default(str, "DATA_ROOT/.cache", "DIR") = None  # where photographs are kept decoded
+    no_flip: FlagCreatePairsOff[bool] = False  # never mirror photographs in training: for signs, digits, text
     skip_bad_images: FlagCreatePairsOff[bool] = False  # leave out images that cannot be read
     ignore_unknown_classes: FlagCreatePairsOff[bool] = False  # leave out target images of classes that the source lacks
     arch: by_recipe(str, "arch") = None  # also timm:NAME or clip:NAME
     weights: default(str, "imagenet") = None  # pretrained: imagenet, none, a file, a tag of open_clip
     source_checkpoint: default(str, "none") = None  # a source model to start from instead of training one
-    classes: default(str, "its own", "FILE") = None  # the names of its classes in its order, one a line
+    classes: default(str, "its own", "FILE") = None  # its class names, in its order; a bare state dict has none
     source_seed: int = 0  # of the source model's training
     source_steps: by_recipe(int, "source_steps") = None  # of the source model's training
     source_batch_size: by_recipe(int, "source_batch_size") = None  # images per step of it
@@ -96,3 +98,22 @@ def known_classes(args):
     if not names or len(set(names)) < len(names):
         raise InputError(f"--classes {path}: must have a class name per line, each once")
     return names
+
+
+def cache_folders(args, root):
+    """Where decoded images are kept: --cache-dir, or .cache below --data-root and, if that cannot be written, below
+    --runs-dir. root: the data set's folder."""
+    if args.cache_dir:
+        return [Path(args.cache_dir)]
+    beside = root if args.dataset == "folder" else root.parent
+    return [beside / ".cache", Path(getattr(args, "runs_dir", "runs")) / ".cache"]
+
+
+def augmentation_of(args, augmentation):
+    """The data set's random changes of training images; with --no-flip, photographs' without flips. Raises InputError
+    where there are none."""
+    if not args.no_flip:
+        return augmentation
+    if "crop" not in augmentation:
+        raise InputError(f"--no-flip: images of {args.dataset} are never flipped; leave the flag out")
+    return augmentation | {"flip": 0.0}

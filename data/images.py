@@ -1,11 +1,11 @@
 """Images of a list of files, decoded once into a memory-mapped uint8 cache.
 
-    images, good = open_images("office_home-Art", root, files, 224, cache, skip_bad=False)
+    images, good = open_images("office_home-Art", root, files, 224, caches, skip_bad=False)
     images[torch.tensor([3, 1])]        # uint8 [2, 3, 224, 224], channels-last, read from the cache file
 
-A cache file is data_root/.cache/NAME-SIZE-KEY.npy, uint8 [N, S, S, 3]: what channels-last batches want. KEY is of the
-files' names, sizes and times, the image size, how it is made square, and CACHE_VERSION: other files make another cache.
-Any can be deleted at any time.
+A cache file is NAME-SIZE-KEY.npy, uint8 [N, S, S, 3]: what channels-last batches want. KEY is of the files' names,
+sizes and times, the image size, how it is made square, and CACHE_VERSION: other files make another cache. Any can be
+deleted at any time. The folder is flags.cache_folders'.
 
 The images have the size that evaluation wants. Training crops are taken from these squares, and enlarged by up to 1.4;
 the published recipe takes them from the photograph. So what a crop shows is squeezed more: of a 400x300 photograph by
@@ -21,7 +21,6 @@ import textwrap
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -94,11 +93,32 @@ def pick(array, index):
     return None if array is None else array[index]
 
 
-def open_images(name, root, files, size, cache, skip_bad=False, fit="squash"):
+def writable(folder):
+    """Whether files can be made in the folder, which is made where there is none."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
+
+
+def choose_cache(file, folders):
+    """The path of a cache file: where it is, else in the first of the folders that can be written. Where that is not
+    the first of all it says so."""
+    for folder in folders:
+        if (folder / file).exists():
+            return folder / file
+    folder = next(filter(writable, folders), folders[0])
+    if folder != folders[0]:
+        print(f"{folders[0]} cannot be written: the decoded images are kept in {folder}")
+    return folder / file
+
+
+def open_images(name, root, files, size, caches, skip_bad=False, fit="squash"):
     """(Images, indices int64 of the files that they are of) for a list of paths below root. fit: as in read_image.
 
-    The cache file in the folder `cache` is built where there is none. Raises InputError that lists every file that
-    cannot be read; with skip_bad they are left out, counted and listed in NAME-SIZE-KEY.bad.txt beside the cache.
+    The cache file, in one of the folders `caches`, is built where there is none. Raises InputError that lists every
+    file that cannot be read; with skip_bad they are left out, and listed in NAME-SIZE-KEY.bad.txt beside the cache.
     """
     if not 8 <= size <= 4096:
         raise InputError(f"--image-size {size}: choose 8 to 4096 pixels")
@@ -112,7 +132,7 @@ def open_images(name, root, files, size, cache, skip_bad=False, fit="squash"):
             f"{len(missing)} of {len(files)} images of {name} are missing below {root}:\n{some}{more}"
             "the download or its extraction is incomplete; --skip-bad-images leaves them out"
         )
-    path = Path(cache) / f"{name}-{size}-{key}.npy"
+    path = choose_cache(f"{name}-{size}-{key}.npy", caches)
     if not path.exists():
         build(path, root, files, size, fit)
     pixels = read_array(path, (len(files), size, size, 3), np.uint8, "r")
@@ -188,8 +208,8 @@ def build(path, root, files, size, fit):
             lock.release()
     except OSError as error:
         raise InputError(
-            f"--data-root {path.parent.parent}: the decoded images are kept in its folder .cache, which cannot be "
-            f"written ({error}); make it writable, or pass a folder of links to the data sets"
+            f"{path.parent}: the decoded images are kept in this folder, which cannot be written ({error}); "
+            "pass another with --cache-dir"
         ) from error
 
 
@@ -206,8 +226,8 @@ def decode_files(path, root, files, size, fit):
     free = shutil.disk_usage(path.parent).free
     if need > free:
         raise InputError(
-            f"--data-root {path.parent.parent}: {len(files)} images of {size}x{size} need {need / 1e9:.1f} GB in "
-            f"{path.parent}, where {free / 1e9:.1f} GB are free; make room, or pass a smaller --image-size"
+            f"{path.parent}: {len(files)} images of {size}x{size} need {need / 1e9:.1f} GB, where {free / 1e9:.1f} GB "
+            "are free; make room, or pass another --cache-dir or a smaller --image-size"
         )
     bad = fill(pixels, sums, [os.path.join(root, file) for file in files], fit, path.name.rsplit("-", 2)[0])
     if bad:

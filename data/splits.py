@@ -40,6 +40,19 @@ def split_domain(domain, share, rng, keep_single=False):
     return train, test
 
 
+def split_target(domain, name, split_seed, test_share=None):
+    """(training indices, test indices) of the target's Domain, drawn by split_seed. test_share: of the images that are
+    not split as published, 0.3 if None; with 0 all are for training. Raises InputError where the images have a
+    split already, and where none is left to test on."""
+    if test_share is not None and domain.test is not None:
+        raise InputError(f"--test-share {test_share}: {name} has a split of its own; leave the flag out")
+    share = 0.3 if test_share is None else test_share
+    train, test = split_domain(domain, 1 - share, np.random.default_rng((split_seed, 1)))
+    if share and not len(test):
+        raise InputError(f"--target {name}: no image is left to test on")
+    return train, test
+
+
 def pseudo_task(task, split_seed, number, left_out=0.4):
     """The task that PCV calibration (arXiv 2409.16223) adapts to: the share left_out of the seen classes plays the
     unseen ones (40 % is ours), the test images are 30 % of the training images, and truly unseen classes have none.

@@ -80,7 +80,7 @@ def concerns(source_mean, prior, unlabelled):
     if unlabelled < 5 * len(prior):
         texts.append(f"{unlabelled} unlabelled images are few for {len(prior)} classes: ht_distill may be better")
     distance = (source_mean - prior).abs().sum().item() / 2
-    if distance > 0.25:
+    if distance > 0.35:
         texts.append(
             f"the source model sees other class shares in the pool than --prior says (distance {distance:.2f} of 1): "
             "if the pool is far from balanced, pass --prior FILE with its shares, or take ht_distill"

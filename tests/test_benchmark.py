@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+import replicas
 from conftest import ROOT
 from tqdm import tqdm
 
@@ -386,6 +387,25 @@ def test_print_commands(grid):
         )
 
 
+def test_names_are_checked_before_anything_runs_or_prints(grid, tmp_path):
+    words = ("--split-seeds", "0", "--runs-dir", tmp_path / "runs", "--pairs", "digits:mnist:optdigits")
+    for pair, message in (
+        ("digit:mnist:optdigits", "--dataset digit: unknown; choose from digits, glyphs"),
+        ("digits:mnist:usps", "--target usps: digits has no such domain; choose from mnist, optdigits"),
+        ("glyphs:helvetica:sans", "--source helvetica: glyphs has no such domain"),
+        ("glyphs:helvetica:all", "--source helvetica: glyphs has no such domain"),
+        ("glyphs:sans:sans", "--target sans: is the source too"),
+    ):
+        for how in ((), ("--print-commands",)):
+            code, printed, error = grid(*how, *words, pair)
+            assert code == 2 and not printed and error.startswith(f"error: --pairs {pair}: {message}"), error
+    assert not (tmp_path / "runs").exists()
+    replicas.tree(tmp_path / "new", ["x", "z"], 3)
+    flags = f"--flags=--data-root {tmp_path} --source-checkpoint=somewhere/hers.pt"
+    code, printed, _ = grid("--print-commands", flags, "--methods", "wise_ft", *words, "folder:hers:new")
+    assert code == 0 and "--dataset folder --source hers --target new" in printed.splitlines()[1]
+
+
 def test_a_grid_skips_what_is_done_and_names_what_fails(tmp_path, runs_dir, run_method, grid):
     run_method("naive_ft", "--name", "caches the source model", "--overwrite")
     source = next((runs_dir / "source_models").glob("digits-mnist-small_cnn-*.pt"))
@@ -396,6 +416,9 @@ def test_a_grid_skips_what_is_done_and_names_what_fails(tmp_path, runs_dir, run_
     assert "methods/lp_ft.py" in error and "--batch-size 5000: the training set has" in error
     done = tmp_path / "digits" / "mnist-optdigits" / "naive_ft" / "split0-seed0" / "done.json"
     before = done.stat().st_mtime_ns
+    printed = grid("--print-commands", "--methods", "naive_ft", "lp_ft", *words)[1].splitlines()
+    assert len(printed) == 1 and "methods/lp_ft.py" in printed[0]
+    assert grid("--print-commands", "--methods", "naive_ft", *words)[:2] == (0, "")
     assert grid("--methods", "naive_ft", *words)[0] == 0
     assert done.stat().st_mtime_ns == before
 

@@ -181,7 +181,7 @@ def listing(tmp_path):
 
 
 def open_list(root, files, cache, size=8, **options):
-    return images.open_images("name", root, files, size, cache, **options)[0]
+    return images.open_images("name", root, files, size, [cache], **options)[0]
 
 
 def test_images_are_like_a_tensor(listing):
@@ -263,7 +263,7 @@ def dying(path, size, fit):
         time.sleep(60)
     return read_image(path, size, fit)
 images.read_image = dying
-images.open_images("name", {str(root)!r}, {files!r}, 8, {str(cache)!r})
+images.open_images("name", {str(root)!r}, {files!r}, 8, [Path({str(cache)!r})])
 """
     done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, timeout=50)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -306,13 +306,26 @@ def test_two_builds_at_a_time(listing, monkeypatch):
 def test_a_cache_that_cannot_be_kept_is_an_error(listing, monkeypatch):
     root, files, _ = listing
     (root / "file").write_text("")
-    with pytest.raises(InputError, match=r"--data-root .*the decoded images are kept in its folder .cache"):
+    with pytest.raises(InputError, match=r"file/.cache: the decoded images are kept in this folder, which cannot"):
         open_list(root, files, root / "file" / ".cache")
     monkeypatch.setattr(images.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(InputError, match=r"40 images of 64x64 need 0.0 GB.*smaller --image-size"):
         open_list(root, files, root / "full", 64)
     with pytest.raises(InputError, match="--image-size 4"):
         open_list(root, files, root / "full", 4)
+
+
+def test_a_cache_that_cannot_be_beside_its_images_is_in_another_folder(listing, capsys, tmp_path):
+    root, files, _ = listing
+    (root / "file").write_text("")
+    folders = [root / "file" / ".cache", tmp_path / "runs" / ".cache"]
+    for _ in range(2):  # built, and found again
+        found, _ = images.open_images("name", root, files, 8, folders)
+        assert torch.equal(found[:], read_all(root, files)) and len(list(folders[1].glob("*.sums.npy"))) == 1
+    said = capsys.readouterr().out
+    assert said == f"{folders[0]} cannot be written: the decoded images are kept in {folders[1]}\n", "once"
+    again = images.open_images("name", root, files, 8, folders[::-1])[0]
+    assert again.key == found.key and not (root / "file").is_dir()
 
 
 class FullDisk(io.FileIO):
@@ -329,7 +342,7 @@ def test_a_disk_that_fills_up_is_an_error_and_the_build_goes_on(listing, monkeyp
     monkeypatch.setattr(images, "CHUNK", 4)
     with monkeypatch.context() as patch:
         patch.setattr(images, "open", FullDisk, raising=False)
-        with pytest.raises(InputError, match=r"folder .cache, which cannot be written .*No space left"):
+        with pytest.raises(InputError, match=r"this folder, which cannot be written .*No space left"):
             open_list(root, files, cache)
     names = sorted(path.name.partition(".")[2] for path in cache.iterdir())
     assert names == ["lock", "npy.part", "sums.npy"], "nothing that could be taken for a cache"

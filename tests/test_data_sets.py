@@ -322,6 +322,32 @@ def test_share_of_the_test_images(load, tmp_path):
         load_task("folder", "a", "b", data_root=tmp_path, image_size=16, test_share=0.0)
 
 
+def test_where_decoded_images_are_kept(root, tmp_path):
+    where, size = str(root / "folder"), 13
+    load_task("folder", "camera", "drawing", data_root=where, image_size=size, cache_dir=str(tmp_path / "mine"))
+    assert len(list((tmp_path / "mine").glob("folder-*-13-*.sums.npy"))) == 2
+    assert not list((root / "folder" / ".cache").glob("*-13-*"))
+    args = data.TaskArgs("folder", data_root=where)
+    beside_runs = data.cache_folders(args, root / "folder")[1]
+    assert (str(beside_runs), data.cache_folders(args, root)[0]) == ("runs/.cache", root / ".cache")
+    args.runs_dir = str(tmp_path)
+    assert data.cache_folders(args, root / "folder") == [root / "folder" / ".cache", tmp_path / ".cache"]
+    assert data.cache_folders(data.TaskArgs("vtab"), root / "vtab")[0] == root / ".cache"
+
+
+def test_no_flip(load, root):
+    flags = ("folder", "camera", "drawing")
+    plain, flipless = load(*flags), load(*flags, no_flip=True)
+    for split in (flipless.source_train, flipless.target_train):
+        assert split.augmentation == plain.target_train.augmentation | {"flip": 0.0}
+    size = torch.linspace(0, 1, 16).expand(64, 3, 16, 16)  # bright on the right
+    for flip, mirrored in ((0.0, 0), (1.0, 64)):
+        changed = data.random_photo(size, data.generator("cpu", 0), jitter=0, flip=flip)
+        assert (changed[..., 0] > changed[..., -1]).all((1, 2)).sum() == mirrored
+    with pytest.raises(InputError, match="--no-flip: images of digits are never flipped; leave the flag out"):
+        load_task("digits", no_flip=True)
+
+
 def test_a_run_on_all_images_says_that_it_tests_on_them(root, run_method, read, capsys):
     flags = ("--dataset", "folder", "--data-root", str(root / "folder"), "--source", "camera", "--target", "drawing")
     folder = run_method("naive_ft", *flags, *SMALL, "--test-share", "0", "--name", "all of them")[1]

@@ -72,17 +72,15 @@ def test_concerns(infomax):
     uniform = torch.full((4,), 0.25)
     assert infomax.concerns(uniform, uniform, 20) == []
     assert "19 unlabelled images are few for 4 classes" in infomax.concerns(uniform, uniform, 19)[0]
-    skewed = torch.tensor([0.55, 0.15, 0.15, 0.15])  # a distance of 0.3
+    skewed = torch.tensor([0.64, 0.12, 0.12, 0.12])  # a distance of 0.39
     (text,) = infomax.concerns(skewed, uniform, 20)
-    assert "distance 0.30" in text and "--prior FILE" in text
-
-
-QUICK = ("--name", "infomax_test")
+    assert "distance 0.39" in text and "--prior FILE" in text
 
 
 def test_without_weight_and_with_alpha_1_it_is_naive(run_method, read):
     flags = ("--infomax-weight", "0", "--alpha", "1")
-    weights = [run_method(name, *own)[0]["model"].state_dict() for name, own in (("naive_ft", ()), ("infomax", flags))]
+    pair = (("naive_ft", ("--name", "naive_same")), ("infomax", (*flags, "--name", "infomax_same")))
+    weights = [run_method(name, *own)[0]["model"].state_dict() for name, own in pair]
     for key, value in weights[0].items():
         torch.testing.assert_close(weights[1][key], value, atol=1e-6, rtol=1e-5)  # in one forward pass of both batches
 
@@ -128,7 +126,9 @@ def test_wrong_shares_are_named(tmp_path):
 
 
 def test_a_run_says_that_it_is_another_setting(run_method, read, capsys):
-    done, _, _ = read(run_method("infomax", "--name", "infomax_says")[1])
-    assert "1257 unlabelled images of the target" in capsys.readouterr().out and done["unlabelled_images"] == 1257
-    done, _, _ = read(run_method("naive_ft", "--name", "naive_says")[1])
-    assert "unlabelled" not in capsys.readouterr().out and done["unlabelled_images"] == 0
+    names, folder = run_method("infomax", "--name", "infomax_says")
+    count = len(names["task"].target_unlabelled.labels)
+    assert f"another setting: {count} unlabelled images of the target" in capsys.readouterr().out
+    assert read(folder)[0]["unlabelled_images"] == count
+    folder = run_method("naive_ft", "--name", "naive_says")[1]
+    assert "unlabelled" not in capsys.readouterr().out and read(folder)[0]["unlabelled_images"] == 0

@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import subprocess
+import sys
 import types
 
 import numpy as np
@@ -271,6 +272,29 @@ def test_versions_name_the_gpu_that_is_used(monkeypatch):
     on_second = [types.SimpleNamespace(device=torch.device("cuda:1"))]
     monkeypatch.setattr(model, "parameters", lambda: iter(on_second))
     assert runs.versions(model)["gpu"] == "the GPU at cuda:1"
+
+
+def test_tensorboard_has_what_the_log_has(run_method, read, stop_at):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    flags = ("naive_ft", "--track", "tensorboard", "--name", "tracked")
+    stop_at(runs.Run, "step", 4, signal.SIGTERM)
+    stopped(lambda: run_method(*flags), 143)
+    folder = run_method(*flags)[1]
+    log = read(folder)[2]
+    events = accumulator.EventAccumulator(str(folder))
+    events.Reload()
+    figures = {(name, e.step): e.value for name in events.Tags()["scalars"] for e in events.Scalars(name)}
+    want = {(name, line["step"]): value for line in log for name, value in line.items() if value is not None}
+    assert figures == pytest.approx(want, rel=1e-6) and len(log) == 3
+    run_method(*flags, "--overwrite")
+    assert len(list(folder.glob("events.out.tfevents.*"))) == 1, "those of the run before are gone"
+
+
+def test_tensorboard_is_asked_for_where_it_is_missing(run_method, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    stopped(lambda: run_method("naive_ft", "--track", "tensorboard", "--name", "untracked"), 2)
+    error = capsys.readouterr().err
+    assert error == "error: --track tensorboard: needs a package that is optional: pip install tensorboard\n"
 
 
 def test_a_finished_run_shows_what_its_logits_say(run_method, capsys):
