@@ -1,8 +1,10 @@
 """What the README tells people to do, done."""
 
 import csv
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -15,15 +17,15 @@ from conftest import ROOT
 import data
 import predict
 
-README = (ROOT / "README.md").read_text()
+README, DATA_README = ((ROOT / name).read_text() for name in ("README.md", "data/README.md"))
 CLASSES = [f"{name}_{i}" for i in range(2, 0, -1) for name in ("valve", "bolt", "nut", "gear", "cog", "pin")]
 SEEN = ["bolt_1", "cog_2", "gear_1", "nut_2", "valve_2"]
 SHORT = "--image-size 32 --epochs 2 --steps-per-epoch 10 --device cpu"
 
 
-def block(heading):
-    """The first code block below a heading."""
-    return re.search(rf"\n#+ {heading}\n.*?```\w+\n(.*?)```", README, re.DOTALL)[1]
+def block(words, text=README):
+    """The first code block after these words."""
+    return re.search(rf"{re.escape(words)}.*?```\w+\n(.*?)```", text, re.DOTALL)[1]
 
 
 def make_network(arch):
@@ -56,9 +58,9 @@ def train_elsewhere(arch, folder):
     (folder / "classes.txt").write_text("\n".join(CLASSES) + "\n")
 
 
-def shell(commands, folder):
+def shell(commands, folder, project=ROOT):
     """The commands, with the project's programs and short runs, in a folder of the reader's own."""
-    commands = re.sub(r"^python (\S+)", rf"{sys.executable} {ROOT}/\1", commands, flags=re.MULTILINE)
+    commands = re.sub(r"^python (\S+)", rf"{sys.executable} {project}/\1", commands, flags=re.MULTILINE)
     commands = re.sub(r"^(.*/methods/.*)$", rf"\1 {SHORT}", commands, flags=re.MULTILINE)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -114,7 +116,7 @@ def check_exports(arch, run):
 def test_your_model_your_images_your_predictions(arch, tmp_path, read):
     train_elsewhere(arch, tmp_path)
     make_photos(tmp_path)
-    commands = block("Your images, your predictions").replace("--arch resnet18", f"--arch {arch}")
+    commands = block("## Your images, your predictions").replace("--arch resnet18", f"--arch {arch}")
     try:
         import onnx  # noqa: F401
     except ImportError:
@@ -133,6 +135,41 @@ def test_classes_in_a_wrong_order_are_warned_about(tmp_path):
     train_elsewhere("resnet18", tmp_path)
     make_photos(tmp_path)
     (tmp_path / "classes.txt").write_text("\n".join(sorted(CLASSES)) + "\n")
-    printed = shell("\n".join(block("Your images, your predictions").splitlines()[:3]), tmp_path)
+    printed = shell("\n".join(block("## Your images, your predictions").splitlines()[:3]), tmp_path)
     assert re.search(r"right on \d+% of the labelled images, with its classes in another order on (8|9|10)\d%", printed)
     assert "check the order of --classes" in printed
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A copy of the project, to add to."""
+    folder = tmp_path / "project"
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "results", "runs", "datasets", "tests"))
+    return folder
+
+
+QUICK = "--source-steps 20 --epochs 1 --steps-per-epoch 2 --device cpu"
+
+
+def test_add_a_method(project):
+    before = (project / "methods" / "naive_ft.py").read_text()
+    commands = block("**Add a method**").replace("--split-seeds 0-2", f'--split-seeds 0 --flags="{QUICK}"')
+    commands = commands.replace("--split-seeds", "--pairs digits:mnist:optdigits --split-seeds")
+    printed = shell(commands, project, project)
+    assert "| smoothed " in printed and "| naive_ft " in printed
+    loss = "F.cross_entropy(model(images), labels)"
+    assert before.count(loss) == 1
+    mine = (project / "methods" / "smoothed.py").read_text()
+    assert mine == before.replace(loss, "F.cross_entropy(model(images), labels, label_smoothing=0.1)")
+
+
+def test_add_a_data_set(project):
+    code = block("## Add a data set", DATA_README)
+    entry = block(code, DATA_README)
+    (project / "data" / "stripes.py").write_text(code)
+    with open(project / "data" / "__init__.py", "a") as file:
+        file.write(entry)
+    which = f"--methods ht_distill --pairs stripes:thin:thick --split-seeds 0 --flags='{QUICK}'"
+    shell(f"python benchmark.py run {which}", project, project)
+    (done,) = (project / "runs" / "stripes").rglob("done.json")
+    assert json.loads(done.read_text())["source"]["overall"] > 30
