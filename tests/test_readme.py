@@ -135,9 +135,13 @@ def test_classes_in_a_wrong_order_are_warned_about(tmp_path):
     train_elsewhere("resnet18", tmp_path)
     make_photos(tmp_path)
     (tmp_path / "classes.txt").write_text("\n".join(sorted(CLASSES)) + "\n")
-    printed = shell("\n".join(block("## Your images, your predictions").splitlines()[:3]), tmp_path)
+    command = "\n".join(block("## Your images, your predictions").splitlines()[:3])
+    printed = shell(command, tmp_path)
     assert re.search(r"right on \d+% of the labelled images, with its classes in another order on (8|9|10)\d%", printed)
     assert "check the order of --classes" in printed
+    (tmp_path / "classes.txt").write_text("\n".join(CLASSES) + "\n")
+    with pytest.raises(AssertionError, match=r"holds a run with classes bolt_1,bolt_2,.* pass --overwrite"):
+        shell(command, tmp_path)
 
 
 @pytest.fixture
