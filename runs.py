@@ -36,7 +36,6 @@ from models import predict
 
 BUSY = 3  # exit code of a run whose folder another process has
 PROGRESS = ("lines", "steps", "images", "values", "origin", "source")  # of a Run, in its checkpoint
-NO_TEST = "no test images (--test-share 0): all figures are of the training images, so they say nothing of new ones"
 HEADER = "epoch     loss    seen  unseen overall  images/s  seconds"
 
 
@@ -138,7 +137,7 @@ def introduction(task, args, model):
     yield f"{len(names)} classes, {seen.sum()} seen: {shortened(names[seen])}; unseen: {shortened(names[~seen])}"
     yield f"images of {task.target}: {len(train.labels)} to train on, {len(test.labels)} to test on"
     if test is train:
-        yield NO_TEST
+        yield "no test images (--test-share 0): all figures are of the training images and say nothing of new ones"
     if task.target_unlabelled:
         yield f"another setting: {len(task.target_unlabelled.labels)} unlabelled images of the target, of any class"
     here = versions(model)
@@ -231,6 +230,8 @@ class Run:
             text = Path(args.seen_classes).read_text(errors="replace")
             listed = {line.strip() for line in text.splitlines()}
             self.record["seen_classes"] = ",".join(name for name in task.classes if name in listed)
+        if args.classes:
+            self.record["classes"] = ",".join(task.classes)  # the file may come to hold another order
         self.show_if_finished()
         self.lock = files.take_lock(self.folder / ".lock", owned="*")
         if self.lock is None:
@@ -274,14 +275,14 @@ class Run:
                 self.checkpoint.refuse("of a run from another source model or with other classes or images")
             return
         self.stop.release()
-        train_logits, labels = predict(model, self.task.target_train.images), self.task.target_train.labels.numpy()
+        train = self.task.target_train
+        train_logits, labels = predict(model, train.images), train.labels.numpy()
         for name in ("done.json", "logits.npz", "model.pt", "checkpoint.pt", "args.json"):
             (self.folder / name).unlink(missing_ok=True)
         for path in self.folder.glob("events.out.tfevents.*"):
             path.unlink()
-        lines = [*introduction(self.task, self.args, model), str(self.folder)]
-        lines += hints(train_logits, labels, self.args.source_checkpoint)
-        print(*lines, HEADER, sep="\n")
+        print(*introduction(self.task, self.args, model), self.folder, sep="\n")
+        print(*hints(train_logits, labels, self.args.source_checkpoint), HEADER, sep="\n")
         extras["train_accuracy"] = mean_percent(train_logits.argmax(1) == labels)
         figures = self.write_line(0, model, None, extras)
         self.source = {"train": torch.from_numpy(train_logits), "test": torch.from_numpy(self.test_logits)}
@@ -398,6 +399,7 @@ class Run:
         command = shlex.join(["python", f"methods/{Path(sys.argv[0]).name}", *sys.argv[1:]])
         done = {"source": self.source["figures"], "final": final, "args": self.record, "command": command}
         done |= {"tested_on_training_images": test is train, "calibration": gamma}
+        done["unlabelled_images"] = len(self.task.target_unlabelled.labels) if self.task.target_unlabelled else 0
         done |= {"seconds": time.perf_counter() - self.started, "versions": versions(model)}
         files.write_text(self.folder / "done.json", json.dumps(done, indent=2))
         (self.folder / "checkpoint.pt").unlink(missing_ok=True)

@@ -71,7 +71,7 @@ def device_limits(arch, root, device, batch_size, rounds):
     """
     models.tune_process()
     device, amp = models.choose_device(device, "auto", arch)
-    task = data.load_task(data.TaskArgs("folder", seen_classes="5", oracle=True, data_root=str(root)))
+    task = data.load_task(data.TaskArgs("folder", "a", "b", "5", oracle=True, data_root=str(root)))
     batches = task.target_train.batches(batch_size, device, 0)
     model = models.build(arch, 10, (3, 224, 224), "none").to(device, memory_format=torch.channels_last).train()
     model.amp = amp
