@@ -52,7 +52,7 @@ from .splits import pseudo_task, split_domain, split_target
 from .unlabelled import image_files, make_pool, read_shares
 from .vtab import VTAB
 
-__all__ = ["LEAST", "MOST", "Batches", "PoolArgs", "TaskArgs", "by_recipe", "change_colours", "check_flag"]
+__all__ = ["LEAST", "MOST", "Batches", "PoolArgs", "Split", "TaskArgs", "by_recipe", "change_colours", "check_flag"]
 __all__ += ["crop_resize", "default", "digits", "generator", "glyphs", "random_affine", "random_photo", "read_shares"]
 
 DATASETS = {
