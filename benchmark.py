@@ -215,7 +215,8 @@ def collect(folders, over_targets=False):
     tasks, settings, classes = {}, {}, {}
     not_compared = {*NOT_COMPARED, *SEEDS, *(["target"] if over_targets else [])}
     for path in sorted(path for folder in folders for path in folder.rglob("done.json")):
-        args = read_json(path)["args"]
+        done = read_json(path)
+        args = done["args"]
         if args.get("pseudo_split") is not None:
             continue
         method, target = args["method"], "all" if over_targets else args["target"]
@@ -234,7 +235,7 @@ def collect(folders, over_targets=False):
         key = (unit, args["target"], *(args[name] for name in SEEDS))
         if key in runs:
             raise InputError(f"{path.parent}: the same run as {runs[key]['run']}")
-        runs[key] = run
+        runs[key] = run | {"pool": done.get("unlabelled_images", 0)}
     if not tasks:
         raise InputError(f"no finished run below {', '.join(map(str, folders))}")
     return tasks
@@ -243,7 +244,8 @@ def collect(folders, over_targets=False):
 def with_source(methods):
     """The methods of a task, and first the source model that they start from."""
     longest = max(methods.values(), key=len)
-    source = {key: {**run, **dict.fromkeys(CALIBRATED), "final": run["source"]} for key, run in longest.items()}
+    own = {**dict.fromkeys(CALIBRATED), "pool": 0}
+    source = {key: {**run, **own, "final": run["source"]} for key, run in longest.items()}
     return {SOURCE: source, **methods}
 
 
@@ -264,6 +266,11 @@ def unit_means(column):
     for (unit, *_), figure in column.items():
         units.setdefault(unit, []).append(figure)
     return {unit: float(np.mean(figures)) for unit, figures in units.items()}
+
+
+def setting(runs):
+    """unlabelled, if the runs were given unlabelled target images: another setting. Else -."""
+    return "unlabelled" if any(run.get("pool") for run in runs.values()) else "-"
 
 
 def gains(runs):
@@ -303,7 +310,7 @@ def rows_of(tasks, reference):
             columns |= {f"{kind}_overall": values(runs, kind) for kind in CALIBRATED}
             overall = columns["overall"] if method != reference else {}
             columns[f"vs_{reference}"] = {key: overall[key] - baseline[key] for key in overall if key in baseline}
-            row = {"task": task, "method": method, "runs": len(runs)}
+            row = {"task": task, "method": method, "pool": setting(runs), "runs": len(runs)}
             for name, column in columns.items():
                 row[name], row[f"{name}_pm"] = interval([*unit_means(column).values()])
             row["closed"], row["closed_pm"] = closed(runs, oracle)
@@ -321,7 +328,7 @@ def over_tasks(rows, tuned_on):
             raise InputError(f"--tuned-on {pair}: write dataset:source:target")
     tuned = tuple("{} {} to {}, ".format(*pair.split(":")) for pair in tuned_on)
     tasks = sorted({row["task"] for row in rows})
-    lines = {row["method"]: {"method": row["method"]} for row in rows if row["method"] != SOURCE}
+    lines = {row["method"]: {"method": row["method"], "pool": row["pool"]} for row in rows if row["method"] != SOURCE}
     for method, line in lines.items():
         own = {row["task"]: row for row in rows if row["method"] == method}
         for task in tasks:
@@ -334,7 +341,7 @@ def over_tasks(rows, tuned_on):
         line["mean"] = float(np.mean(shares)) if whole else None
         line["worst"] = min(shares) if whole else None
     ranked = [line for name, line in sorted(lines.items()) if not name.endswith("-oracle")]
-    return sorted(ranked, key=lambda line: np.inf if line["mean"] is None else line["mean"])
+    return sorted(ranked, key=lambda line: (line["pool"] != "-", np.inf if line["mean"] is None else line["mean"]))
 
 
 def rounded(row):
@@ -366,6 +373,8 @@ def latex(rows):
 def show(title, rows, note, style):
     """Print a table for people, with its title and a note, if any."""
     rows = [rounded(row) for row in rows]
+    if all(row["pool"] == "-" for row in rows):  # no other setting than the usual one
+        rows = [{name: cell for name, cell in row.items() if name != "pool"} for row in rows]
     if style == "latex":
         print(f"\n% {title}\n" + (f"% {note}\n" if note else "") + latex(rows))
     else:

@@ -133,7 +133,7 @@ def test_over_tasks_by_hand(three_tasks, capsys):
     assert naive[f"{names[1]}_pm"] == pytest.approx(12.7062 * np.sqrt(1 / 2 * 2 * 12.5**2), rel=1e-4)
     assert [half[name] for name in (*names, "mean", "worst")] == [None, None, pytest.approx(50), None, None]
     csv = shown("csv").splitlines()
-    assert csv[0].startswith('method,"d a to optdigits, 2 seen","d a to optdigits, 2 seen_pm",') and len(csv) == 4
+    assert csv[0].startswith('method,pool,"d a to optdigits, 2 seen","d a to optdigits, 2 seen_pm",') and len(csv) == 4
     lines = shown("md").splitlines()
     assert [cell.strip() for cell in lines[3].split("|")[1:-1]] == ["method", *names, "mean", "worst"]
     assert [cell.strip() for cell in lines[6].split("|")[1:-1]] == [
@@ -145,6 +145,27 @@ def test_over_tasks_by_hand(three_tasks, capsys):
     )
     with pytest.raises(InputError, match="--tuned-on digits: write dataset:source:target"):
         shown("md", tuned_on=("digits",))
+
+
+def test_methods_with_unlabelled_images_stand_apart(three_tasks, capsys):
+    """Below the others, whatever they reach, with a column that says so; without such a method there is no column."""
+
+    def cells(**options):
+        benchmark.report(benchmark.Report((three_tasks,), **options))
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+        return [[cell.strip() for cell in line.split("|")[1:3]] for line in lines]
+
+    assert cells()[0] == ["method", "runs"]
+    for path in three_tasks.rglob("my_way/*/done.json"):
+        done = json.loads(path.read_text())
+        path.write_text(json.dumps(done | {"unlabelled_images": 9}))
+    shown = cells(over_tasks=True)
+    assert [shown[0], *shown[2:]] == [["method", "pool"], ["naive_ft", "-"], ["half", "-"], ["my_way", "unlabelled"]]
+    assert {tuple(row) for row in cells() if row[0] in ("my_way", "naive_ft", "source model")} == {
+        ("my_way", "unlabelled"),
+        ("naive_ft", "-"),
+        ("source model", "-"),
+    }
 
 
 def test_latex(three_tasks, capsys):
