@@ -193,7 +193,7 @@ class Report:
     format: Literal["md", "latex", "csv", "json"] = "md"
     """of the table; latex: for the package booktabs"""
     figures: Path | None = None
-    """folder for four figures of every task, each as PNG and PDF"""
+    """folder for four figures of every task, or with --over-tasks for one of all, each as PNG and PDF"""
 
 
 def interval(values):
@@ -390,12 +390,23 @@ def report(options):
         print(table(lines, options.format))
     elif options.over_tasks:
         show("closed, % of the gap from the source model to the oracle", lines, MARKS, options.format)
+    if options.over_tasks and options.figures:
+        draw_tasks(lines, options.figures)
     for task, methods in tasks.items():
         if options.format in ("md", "latex") and not options.over_tasks:
             note = footnote(run["final"] for runs in methods.values() for run in runs.values()).strip()
             show(task, [row for row in rows if row["task"] == task], note, options.format)
-        if options.figures:
+        if options.figures and not options.over_tasks:
             draw_figures(task, methods, options)
+
+
+def draw_tasks(lines, folder):
+    """Draw what every method closed on every task. Raises InputError if no method was run on all."""
+    from results.figures import draw_over_tasks
+
+    if not any(line["mean"] is not None for line in lines):
+        raise InputError("--figures: no method was run on every task, with an oracle")
+    draw_over_tasks(lines, folder)
 
 
 def draw_figures(task, methods, options):

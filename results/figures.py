@@ -1,4 +1,4 @@
-"""Four figures of a task, for benchmark.py report --figures.
+"""Four figures of a task, and one of all tasks, for benchmark.py report --figures.
 
 rows: of the report, from the best method to the worst; names of figures have _pm for the half width of the interval.
 runs: {method: [what eval.read_run returns]}. The source model has a row, but no runs of its own.
@@ -9,19 +9,20 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from eval import CALIBRATED, REQUIRED, read_arrays, seen_unseen_curve
 from files import write_atomic
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")  # Okabe and Ito
+COLOURS = (*colormaps["tab20"].colors[::2], *colormaps["tab20"].colors[1::2])  # 20: none is given twice
 
 
 def draw(task, rows, runs, folder):
     """Draw the figures as PNG and PDF."""
     path = Path(folder) / "-".join(task.replace(",", "").split())
     styles = styles_of(rows, runs)
-    save(dilemma(rows, styles), f"{path}-dilemma", f"{task}: mean and 95 % interval over splits")
+    save(dilemma(rows, styles), f"{path}-dilemma", f"{task}: mean and 95 % interval over splits", legend=False)
     title = f"{task}: any bias on the unseen logits (filled: none, open: ALG)"
     save(curves(rows, runs, styles), f"{path}-curves", title)
     save(epochs(rows, runs, styles), f"{path}-epochs", f"{task}: mean over splits")
@@ -36,19 +37,20 @@ def styles_of(rows, runs):
         if method not in runs:
             styles[method]["marker"] = "*"
         elif not method.endswith("-oracle"):
-            look = {"color": COLOURS[coloured % 8], "marker": "osD^v<>Ph"[coloured % 9]}
-            styles[method] |= look | {"ls": ("-", "--")[coloured // 8 % 2]}
+            look = {"color": COLOURS[coloured % 20], "marker": "osD^v<>Ph"[coloured % 9]}
+            styles[method] |= look | {"ls": ("-", "--")[coloured // 10 % 2]}
             coloured += 1
     return styles
 
 
-def save(figure, path, title):
+def save(figure, path, title, legend=True):
     """Write a figure as path.png and path.pdf, the same bytes at any time."""
     figure.suptitle(title, fontsize=10)
     for ax in figure.axes:
         ax.grid(color="0.9")
         ax.set_axisbelow(True)
-    figure.axes[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
+    if legend:
+        figure.axes[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
     look = {"dpi": 150, "bbox_inches": "tight"}
     write_atomic(f"{path}.png", partial(figure.savefig, format="png", **look))
     write_atomic(f"{path}.pdf", partial(figure.savefig, format="pdf", metadata={"CreationDate": None}, **look))
@@ -69,6 +71,13 @@ def dilemma(rows, styles):
     for row in rows:
         marker = {**styles[row["method"]], "ls": "", "ms": 8, "lw": 1, "capsize": 2}
         ax.errorbar(row["seen"], row["unseen"], yerr=row["unseen_pm"], xerr=row["seen_pm"], **marker)
+    low, high = ax.get_ylim()
+    height = low
+    for row in sorted(rows, key=lambda row: row["unseen"]):  # names in the margin, a line from each to its point
+        height = max(height + (high - low) / 24, row["unseen"])
+        line = {"arrowstyle": "-", "color": styles[row["method"]]["color"], "lw": 0.6}
+        place = {"xytext": (1.04, height), "textcoords": ("axes fraction", "data"), "va": "center", "fontsize": 8}
+        ax.annotate(row["method"], (row["seen"], row["unseen"]), arrowprops=line, annotation_clip=False, **place)
     return ax.figure
 
 
@@ -102,17 +111,17 @@ def curves(rows, runs, styles):
 
 
 def epochs(rows, runs, styles):
-    """Figure: accuracies on seen and on unseen classes after each epoch."""
+    """Figure: accuracies on all and on unseen classes after each epoch."""
     figure = Figure((8, 3.6), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     panels[0].set_ylabel("accuracy (%)")
     for method in [row["method"] for row in rows if row["method"] in runs]:
         texts = [(Path(run["run"]) / "log.jsonl").read_text() for run in runs[method]]
         logs = [[json.loads(line) for line in text.splitlines()] for text in texts]
-        for ax, group in zip(panels, ("seen", "unseen"), strict=True):
+        for ax, group in zip(panels, ("overall", "unseen"), strict=True):
             mean = np.mean([[line[group] for line in log] for log in logs], 0)
             ax.plot([line["epoch"] for line in logs[0]], mean, ms=3, lw=1, **styles[method])
-            ax.set(xlabel="epoch", title=f"{group} classes")
+            ax.set(xlabel="epoch", title="all classes" if group == "overall" else "unseen classes")
     return figure
 
 
@@ -131,3 +140,23 @@ def calibration(rows):
     ax.set(xlabel="overall accuracy (%)", xlim=(max(0, lowest - 15), 100))
     ax.set(yticks=range(len(rows)), yticklabels=[row["method"] for row in rows], ylim=(len(rows) - 0.4, -0.6))
     return ax.figure
+
+
+def draw_over_tasks(lines, folder):
+    """Draw what each method closed on each task, a point per task; filled where defaults were tuned on it (*).
+
+    lines: of benchmark.over_tasks, from the worst mean to the best. The methods that were not run on every task are
+    left out.
+    """
+    lines = [line for line in lines if line["mean"] is not None]
+    tasks = [name for name in lines[0] if f"{name}_pm" in lines[0]]
+    ax = Figure((6.4, 0.34 * len(lines) + 1), layout="constrained").subplots()
+    for i, task in enumerate(tasks):
+        look = {"color": COLOURS[i % 20], "marker": "osD^v<>Ph"[i % 9], "ls": "", "ms": 6}
+        look["fillstyle"] = "full" if task.endswith("*") else "none"
+        ax.plot([line[task] for line in lines], range(len(lines)), label=task, **look)
+    ax.plot([line["mean"] for line in lines], range(len(lines)), "k|", ms=14, label="mean")
+    ax.axvline(0, color="black", lw=0.8)
+    ax.set(xlabel="gap from the source model (0) to the oracle (100) closed, %")
+    ax.set(yticks=range(len(lines)), yticklabels=[line["method"] for line in lines])
+    save(ax.figure, Path(folder) / "over-tasks", "means over splits; filled: defaults were tuned on this task")

@@ -168,6 +168,14 @@ def test_methods_with_unlabelled_images_stand_apart(three_tasks, capsys):
     }
 
 
+def test_a_figure_of_all_tasks(three_tasks, tmp_path, capsys):
+    benchmark.report(benchmark.Report((three_tasks,), over_tasks=True, figures=tmp_path / "figures"))
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"over-tasks.png", "over-tasks.pdf"}
+    fake_run(tmp_path / "alone", "naive_ft", 0, 70.0)
+    with pytest.raises(InputError, match="no method was run on every task"):
+        benchmark.report(benchmark.Report((tmp_path / "alone",), over_tasks=True, figures=tmp_path / "figures"))
+
+
 def test_latex(three_tasks, capsys):
     benchmark.report(benchmark.Report((three_tasks / "d",), format="latex"))
     lines = capsys.readouterr().out.splitlines()
@@ -228,7 +236,7 @@ def fake_run(folder, method, split_seed, overall, seed=0, pseudo=None, classes="
     arrays |= {"classes": np.array(list(classes))}
     np.savez(path / "logits.npz", seen=np.array([True, True, False, False]), **arrays)
     (path / "log.jsonl").write_text(
-        "".join(json.dumps({"epoch": e, "seen": 1.0, "unseen": 2.0}) + "\n" for e in (0, 1))
+        "".join(json.dumps({"epoch": e, "overall": 1.0, "unseen": 2.0}) + "\n" for e in (0, 1))
     )
     (path / "done.json").write_text(json.dumps({"args": args}))
     return path
