@@ -26,6 +26,7 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
+from tqdm import tqdm
 from tyro.conf import FlagCreatePairsOff
 
 import data
@@ -177,6 +178,7 @@ class Run:
         self.args, self.started = args, time.perf_counter()
         self.method = args.name or Path(script).stem + ("-oracle" if args.oracle else "")
         self.stop, self.lock, self.writer = files.Stop(args.checkpoint_every), None, None
+        self.bar = tqdm(disable=True)
         self.lines, self.epoch, self.steps, self.images = [], 1, 0, 0
         self.values, self.pending, self.origin, self.source = {}, {}, None, None
 
@@ -186,6 +188,7 @@ class Run:
 
     def __exit__(self, kind, error, trace):
         self.stop.give_back()
+        self.bar.close()
         if self.writer is not None:
             self.writer.close()
         if self.lock is not None:
@@ -297,6 +300,8 @@ class Run:
             self.checkpoint.content = None
             self.write_log()
             print(f"{self.folder} goes on after step {self.steps}\n{HEADER}")
+        total = self.args.epochs * self.args.steps_per_epoch
+        self.bar = tqdm(total=total, initial=self.steps, unit="step", leave=False, disable=None)  # on a terminal only
 
     def write_log(self):
         if not (self.folder / "args.json").exists():
@@ -319,6 +324,7 @@ class Run:
         """Count a step. The loss and extras, scalar tensors whose means are logged, stay on their device until then."""
         self.steps += 1
         self.images += len(images)
+        self.bar.update()
         for name, value in {"loss": loss, **extras}.items():
             self.pending.setdefault(name, []).append(value.detach())
         if self.checkpoint.due():
@@ -364,6 +370,7 @@ class Run:
         self.track(line)
         cells = number(loss, 9, 4) + "".join(number(figures[name], 8) for name in ("seen", "unseen", "overall"))
         more = "".join(f"  {name} {v:.4g}" for name, v in (extras | means).items() if isinstance(v, float))
+        self.bar.clear()
         print(f"{epoch:5d}{cells}{number(speed, 10, 0)}{number(seconds, 9, 1)}{more.replace('_', ' ')}", flush=True)
         return figures
 

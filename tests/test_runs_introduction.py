@@ -1,4 +1,8 @@
-"""What a run says before it trains."""
+"""What a run says before it trains, and while it does."""
+
+import io
+import re
+import sys
 
 import numpy as np
 import pytest
@@ -74,3 +78,14 @@ def test_another_order_of_the_classes():
         assert "another order" not in "".join(runs.hints(logits_of(shuffled), labels, False)), "of a model of ours"
     two = np.repeat([0, 1], 50)
     assert "a weak teacher" in runs.hints(logits_of(np.full(100, 5)), two, True)[0]
+
+
+def test_a_bar_within_an_epoch_on_a_terminal(run_method, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    run_method("naive_ft", "--name", "bar")
+    assert re.search(r"\d/6 \[", screen.getvalue()), "2 epochs of 3 steps"
