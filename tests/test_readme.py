@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -26,6 +27,12 @@ SHORT = "--image-size 32 --epochs 2 --steps-per-epoch 10 --device cpu"
 def block(words, text=README):
     """The first code block after these words."""
     return re.search(rf"{re.escape(words)}.*?```\w+\n(.*?)```", text, re.DOTALL)[1]
+
+
+def test_the_loss_is_the_scripts_very_code():
+    code = textwrap.indent(block("ours:").strip(), " " * 16).replace("\n\n", "\n")
+    assert "relations(" in code and "share(" in code
+    assert code in (ROOT / "methods" / "ht_distill.py").read_text()
 
 
 def make_network(arch):
