@@ -73,17 +73,19 @@ def running_mean(now, before, memory):
     return mean + now - now.detach()
 
 
-def concerns(source_mean, prior, unlabelled):
-    """Texts on what may go wrong with a pool: from the source model's mean prediction on it and the class prior, both
-    [C], and the number of images besides the labelled ones."""
-    texts = []
-    if unlabelled < 5 * len(prior):
-        texts.append(f"{unlabelled} unlabelled images are few for {len(prior)} classes: ht_distill may be better")
-    distance = (source_mean - prior).abs().sum().item() / 2
+def concerns(pool_logits, labelled_logits, prior):
+    """Texts on what may go wrong with a pool: from the source model's logits on it and on the labelled images, [N, C]
+    and [M, C], of which it holds a copy, and the class prior [C]."""
+    texts, few = [], len(pool_logits) - len(labelled_logits)
+    if few < 5 * len(prior):
+        texts.append(f"{few} images besides the labelled ones are few for {len(prior)} classes")
+    distance = (pool_logits.softmax(1).mean(0) - prior).abs().sum().item() / 2
     if distance > 0.35:
+        texts.append(f"the source model sees other class shares than --prior says (distance {distance:.2f} of 1)")
+    doubt = (uncertainty(pool_logits) - uncertainty(labelled_logits)).item()
+    if doubt > 0.14:
         texts.append(
-            f"the source model sees other class shares in the pool than --prior says (distance {distance:.2f} of 1): "
-            "if the pool is far from balanced, pass --prior FILE with its shares, or take ht_distill"
+            f"the source model doubts it {doubt:.2f} nats more than the labelled images: are all classes known?"
         )
     return texts
 
@@ -115,13 +117,15 @@ if __name__ == "__main__":
         unlabelled = task.target_unlabelled
         pool_batch = min(args.batch_size, len(unlabelled.labels))
         pool = unlabelled.batches(pool_batch, device, args.seed, args.augment, args.resident)
-        source_mean = torch.from_numpy(models.predict(source_model, unlabelled.images)).softmax(1).mean(0)
+        logits = [models.predict(source_model, split.images) for split in (unlabelled, task.target_train)]
+        pool_logits, labelled_logits = map(torch.from_numpy, logits)
+        source_mean = pool_logits.softmax(1).mean(0)
         if prior is None:
             prior = source_mean if args.prior == "source" else torch.ones(len(seen)) / len(seen)
+        for text in concerns(pool_logits, labelled_logits, prior):
+            print(f"warning: unlabelled images: {text}; ht_distill does without them", file=sys.stderr)
         prior = prior.to(device)
         local = {"mean": [source_mean.to(device)]}  # the running mean of predictions
-        for text in concerns(source_mean, prior.cpu(), len(unlabelled.labels) - len(task.target_train.labels)):
-            print(f"warning: {text}", file=sys.stderr)
 
         run.start(model)
         run.resume(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, local=local)

@@ -69,12 +69,17 @@ def test_running_mean_has_the_steps_own_gradient(infomax):
 
 
 def test_concerns(infomax):
-    uniform = torch.full((4,), 0.25)
-    assert infomax.concerns(uniform, uniform, 20) == []
-    assert "19 unlabelled images are few for 4 classes" in infomax.concerns(uniform, uniform, 19)[0]
-    skewed = torch.tensor([0.64, 0.12, 0.12, 0.12])  # a distance of 0.39
-    (text,) = infomax.concerns(skewed, uniform, 20)
-    assert "distance 0.39" in text and "--prior FILE" in text
+    """Nothing of a kind pool; each of too few images, of other class shares, of images that the source model doubts."""
+    uniform, certain = torch.full((4,), 0.25), torch.eye(4).repeat(10, 1) * 20
+    assert infomax.concerns(certain, certain[:20], uniform) == []
+    assert "19 images besides" in infomax.concerns(certain, certain[:21], uniform)[0]
+    skewed = torch.cat([certain[:8], certain[:1].repeat(32, 1)])
+    (text,) = infomax.concerns(skewed, certain[:20], uniform)
+    assert "other class shares" in text and "distance 0.60" in text
+    doubtful = torch.cat([certain[:36], torch.zeros(4, 4)])  # a tenth has the largest entropy, log 4
+    assert infomax.concerns(torch.cat([certain[:37], torch.zeros(3, 4)]), certain[:20], uniform) == []
+    (text,) = infomax.concerns(torch.cat([doubtful, torch.zeros(4, 4)]), certain[:20], uniform)
+    assert f"{8 / 44 * math.log(4):.2f} nats" in text
 
 
 def test_without_weight_and_with_alpha_1_it_is_naive(run_method, read):
