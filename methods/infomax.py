@@ -74,19 +74,20 @@ def running_mean(now, before, memory):
 
 
 def concerns(pool_logits, labelled_logits, prior):
-    """Texts on what may go wrong with a pool: from the source model's logits on it and on the labelled images, [N, C]
-    and [M, C], of which it holds a copy, and the class prior [C]."""
+    """What may go wrong with a pool, a text each.
+
+    pool_logits, labelled_logits: the source model's, [N, C] on the pool and [M, C] on the labelled images, which are in
+    the pool too. prior: the classes' shares, [C].
+    """
     texts, few = [], len(pool_logits) - len(labelled_logits)
     if few < 5 * len(prior):
-        texts.append(f"{few} images besides the labelled ones are few for {len(prior)} classes")
+        texts.append(f"{few} besides the labelled ones are few for {len(prior)} classes")
     distance = (pool_logits.softmax(1).mean(0) - prior).abs().sum().item() / 2
     if distance > 0.35:
         texts.append(f"the source model sees other class shares than --prior says (distance {distance:.2f} of 1)")
     doubt = (uncertainty(pool_logits) - uncertainty(labelled_logits)).item()
     if doubt > 0.14:
-        texts.append(
-            f"the source model doubts it {doubt:.2f} nats more than the labelled images: are all classes known?"
-        )
+        texts.append(f"the source model doubts them ({doubt:.2f} nats more than labelled ones): are all classes known?")
     return texts
 
 

@@ -72,7 +72,7 @@ def test_concerns(infomax):
     """Nothing of a kind pool; each of too few images, of other class shares, of images that the source model doubts."""
     uniform, certain = torch.full((4,), 0.25), torch.eye(4).repeat(10, 1) * 20
     assert infomax.concerns(certain, certain[:20], uniform) == []
-    assert "19 images besides" in infomax.concerns(certain, certain[:21], uniform)[0]
+    assert "19 besides" in infomax.concerns(certain, certain[:21], uniform)[0]
     skewed = torch.cat([certain[:8], certain[:1].repeat(32, 1)])
     (text,) = infomax.concerns(skewed, certain[:20], uniform)
     assert "other class shares" in text and "distance 0.60" in text
