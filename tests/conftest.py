@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import quick_python
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -56,6 +57,19 @@ def run_method(runs_dir, monkeypatch):
         return names, names["run"].folder
 
     return call
+
+
+@pytest.fixture(scope="session")
+def stand_in(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("python")
+    with quick_python.server(folder):
+        yield folder / "python"
+
+
+@pytest.fixture
+def quick_start(stand_in, monkeypatch):
+    """Scripts that a test starts as processes of their own need not import PyTorch first."""
+    monkeypatch.setattr(sys, "executable", str(stand_in))
 
 
 @pytest.fixture

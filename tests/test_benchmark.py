@@ -16,6 +16,8 @@ import benchmark
 from eval import UNKNOWN, read_run
 from files import InputError, take_lock
 
+pytestmark = pytest.mark.usefixtures("quick_start")
+
 
 def test_interval_against_the_textbook():
     # mean 5, s = 2, n = 4: t(0.975, 3) = 3.182446, half width 3.182446 * 2 / 2

@@ -18,6 +18,7 @@ import eval as evaluation
 import models
 import runs
 
+pytestmark = pytest.mark.usefixtures("quick_start")
 METHODS = sorted(path.stem for path in (ROOT / "methods").glob("*.py"))
 
 

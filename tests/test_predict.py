@@ -18,6 +18,7 @@ import models
 import predict
 from files import InputError
 
+pytestmark = pytest.mark.usefixtures("quick_start")
 WHY = "an optional requirement, see requirements-optional.txt"
 SIZE = ("--image-size", "32", "--batch-size", "4")
 

@@ -18,6 +18,7 @@ from conftest import ROOT
 import data
 import predict
 
+pytestmark = pytest.mark.usefixtures("quick_start")
 README, DATA_README = ((ROOT / name).read_text() for name in ("README.md", "data/README.md"))
 CLASSES = [f"{name}_{i}" for i in range(2, 0, -1) for name in ("valve", "bolt", "nut", "gear", "cog", "pin")]
 SEEN = ["bolt_1", "cog_2", "gear_1", "nut_2", "valve_2"]
