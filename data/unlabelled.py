@@ -12,7 +12,7 @@ import torch
 from files import InputError
 
 from .batches import Split
-from .folder import EXTENSIONS, entries, need
+from .folder import EXTENSIONS, entries
 from .images import Images, pick
 
 
@@ -47,8 +47,10 @@ def read_shares(path, classes):
 
     The numbers may be counts. Raises InputError, naming the line or the class.
     """
+    if not Path(path).is_file():
+        raise InputError(f"--prior {path}: not there; must have a line CLASS NUMBER for each class")
     shares = {}
-    for number, line in enumerate(Path(need(path, "a line CLASS NUMBER for each class")).read_text().splitlines(), 1):
+    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
         name, _, value = line.strip().rpartition(" ")
         try:
             shares[name.strip()] = float(value)
