@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import runpy
 import sys
@@ -22,13 +23,13 @@ def load_task(*values, **flags):
 
 
 @dataclasses.dataclass(unsafe_hash=True)
-class HashableArgs(data.TaskArgs):
+class HashableArgs(data.PoolArgs, data.TaskArgs):
     pass
 
 
 def task_flags(args):
-    """The TaskArgs in a script's args, which can be a key of a cache."""
-    return HashableArgs(**{field.name: getattr(args, field.name) for field in dataclasses.fields(data.TaskArgs)})
+    """The TaskArgs, and PoolArgs if any, in a script's args, which can be a key of a cache."""
+    return HashableArgs(**{field.name: getattr(args, field.name, None) for field in dataclasses.fields(HashableArgs)})
 
 
 @pytest.fixture(scope="session")
@@ -46,9 +47,17 @@ def quick_source(monkeypatch):
             monkeypatch.setitem(entry, "source_recipe_for", lambda images, entry=entry: entry["source_recipe"])
 
 
+@functools.cache
+def few_digits(domain, root=None):
+    """Every third image of `digits`, read once."""
+    images, labels, classes = data.digits(domain)
+    return images[::3], labels[::3], classes
+
+
 @pytest.fixture
 def run_method(runs_dir, monkeypatch):
     """Run methods/NAME.py as a program, in this process; returns its globals and its folder."""
+    monkeypatch.setitem(data.DATASETS["digits"], "load", few_digits)
 
     def call(name, *flags, quick=True, runs=runs_dir):
         argv = [str(ROOT / "methods" / f"{name}.py"), *(QUICK if quick else ()), "--runs-dir", str(runs), *flags]

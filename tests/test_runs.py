@@ -1,6 +1,5 @@
 """Runs that are stopped, started twice, out of disk or memory, or that go wrong: nothing is lost, and it says so."""
 
-import functools
 import json
 import os
 import resource
@@ -12,7 +11,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, task_flags
+from conftest import ROOT
 
 import data
 import models
@@ -20,25 +19,6 @@ import runs
 from files import take_lock
 
 METHODS = sorted(path.stem for path in (ROOT / "methods").glob("*.py"))
-whole_task = data.load_task
-
-
-@functools.cache
-def cached_task(flags):
-    task = whole_task(flags)
-    for split in (task.target_train, task.target_test):
-        split.images, split.labels = split.images[::3], split.labels[::3]
-    return task
-
-
-def load_task(args):
-    """Read once for the same flags, and with a third of the target's images."""
-    return cached_task(task_flags(args))
-
-
-@pytest.fixture(autouse=True)
-def loaded_once(monkeypatch):
-    monkeypatch.setattr(data, "load_task", load_task)
 
 
 @pytest.fixture
@@ -236,7 +216,7 @@ def test_a_weight_that_overflows_is_never_saved(run_method, capsys):
 
 
 def test_a_source_training_that_diverges(run_method, tmp_path, monkeypatch, capsys):
-    task = load_task(data.TaskArgs("digits"))
+    task = data.load_task(data.TaskArgs("digits"))
     monkeypatch.setattr(task, "source_recipe", {**task.source_recipe, "lr": 1e9, "backbone_lr": 1e9})
     monkeypatch.setattr(data, "load_task", lambda args: task)
     stopped(lambda: run_method("naive_ft", runs=tmp_path), 2)

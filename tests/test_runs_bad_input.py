@@ -284,7 +284,7 @@ def test_there_are_a_hundred_wrong_command_lines():
 @pytest.mark.parametrize("method", sorted({method for method, _, _ in WRONG}))
 def test_wrong_command_lines(method, run_method, tmp_path, capsys, monkeypatch):
     cached = functools.cache(whole_task)
-    monkeypatch.setattr(data, "load_task", lambda args: cached(task_flags(args)))
+    monkeypatch.setattr(data, "load_task", lambda args, pool=False: cached(task_flags(args), pool))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     for flags, flag in [(flags, flag) for other, flags, flag in WRONG if other == method]:

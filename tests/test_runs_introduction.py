@@ -40,7 +40,7 @@ def test_many_names_are_shortened():
 
 def test_a_batch_shrinks_to_the_images_and_says_so(office, run_method, read, capsys):
     flags = ("--dataset", "office_home", "--target", "Real_World", "--data-root", office, *FLAGS)
-    _, folder = run_method("naive_ft", *flags, "--seen-classes", "3")
+    _, folder = run_method("naive_ft", *flags, "--seen-classes", "3", "--name", "shrunk")
     shown = capsys.readouterr().out.partition("\nepoch ")[0]
     assert "a batch has all 21 images, not the recipe's 64" in shown
     assert read(folder)[0]["args"]["batch_size"] == 21
