@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -54,6 +55,24 @@ def run_method(runs_dir, monkeypatch):
         monkeypatch.setattr(sys, "argv", argv)
         names = runpy.run_path(argv[0], run_name="__main__")
         return names, names["run"].folder
+
+    return call
+
+
+@pytest.fixture
+def run_benchmark(monkeypatch, capsys):
+    """Run benchmark.py as a program, in this process; returns its exit code, what it printed, and its errors."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "benchmark.py"), *map(str, words)])
+        capsys.readouterr()
+        code = 0
+        monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # this process keeps its own handlers
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
 
     return call
 
