@@ -454,8 +454,9 @@ def plain_commands(options):
     check_methods(options.methods)
     data.check_flag("jobs", options.jobs, 1)
     data.check_flag("pseudo_splits", options.pseudo_splits, 1)
-    if len(expand(options.pair, options.flags, "--pair")) > 1:
-        raise InputError(f"--pair {options.pair}: has several targets; name one")
+    if options.pair.endswith(":all"):
+        raise InputError(f"--pair {options.pair}: must name a single target")
+    expand(options.pair, options.flags, "--pair")
     seeds = (options.split_seed, options.source_seed, options.seed)
     commands = {}
     for method in options.methods:

@@ -92,7 +92,7 @@ def test_of_one_pseudo_split_there_is_no_interval(tmp_path, run_benchmark):
     [
         (("--pair", "digits"), "--pair digits: write dataset:source:target"),
         (("--pair", "digits:mnist:usps"), "--pair digits:mnist:usps: --target usps: digits has no such domain"),
-        (("--pair", "glyphs:sans:all"), "--pair glyphs:sans:all: has several targets; name one"),
+        (("--pair", "digits:mnist:all"), "--pair digits:mnist:all: must name a single target"),
         ((*PAIR, "--methods", "nave_ft"), "--methods nave_ft: no such script"),
         ((*PAIR, "--methods", "naive_ft --oracle"), "--methods naive_ft --oracle: an oracle learns from labels of"),
         ((*PAIR, "--methods", "naive_ft", "naive_ft --lr 1"), "--methods naive_ft --lr 1: naive_ft is there already"),
