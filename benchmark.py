@@ -2,6 +2,7 @@
 
     python benchmark.py run --pairs digits:mnist:optdigits --methods naive_ft "naive_ft --oracle" --jobs 2
     python benchmark.py report runs --figures results/digits
+    python benchmark.py choose --pair digits:mnist:optdigits --methods ht_distill masked_ft
 
 Every cell of the grid is the plain command of a script (--print-commands shows them), so cells can run anywhere.
 """
@@ -71,10 +72,11 @@ class RunGrid:
     """print the commands of runs that are not finished, one a line, and run nothing"""
 
 
-def expand(pair, flags):
-    """[pair], or for dataset:source:all one for every target. Raises InputError at a name that does not exist."""
+def expand(pair, flags, flag="--pairs"):
+    """[pair], or for dataset:source:all one for every target. Raises InputError, naming the flag, at a name that does
+    not exist."""
     if pair.count(":") != 2:
-        raise InputError(f"--pairs {pair}: write dataset:source:target, or dataset:source:all")
+        raise InputError(f"{flag} {pair}: write dataset:source:target, or dataset:source:all")
     dataset, source, target = pair.split(":")
     words = shlex.split(flags.replace("=", " "))
     root, file = (dict(itertools.pairwise(words)).get(flag) for flag in ("--data-root", "--source-checkpoint"))
@@ -84,7 +86,7 @@ def expand(pair, flags):
             flags = data.TaskArgs(dataset, source, name, data_root=root, source_checkpoint=file)
             data.choose_domains(flags, data.domain_names(dataset, root))
     except InputError as error:
-        raise InputError(f"--pairs {pair}: {error}") from error
+        raise InputError(f"{flag} {pair}: {error}") from error
     return [f"{dataset}:{source}:{name}" for name in names]
 
 
@@ -98,11 +100,16 @@ def cell_command(method, pair, split_seed, source_seed, seed, grid):
     return ["python", f"methods/{script}.py", *where, *which, *own_flags, *shlex.split(grid.flags)]
 
 
-def grid_commands(grid):
-    """The commands of all cells, each followed by those of its pseudo splits. Raises InputError on a wrong flag."""
-    for method in grid.methods:
+def check_methods(methods):
+    """Raises InputError at a method that is no script."""
+    for method in methods:
         if not method.split() or method.split()[0] not in METHODS:
             raise InputError(f"--methods {method}: no such script; choose from {', '.join(METHODS)}")
+
+
+def grid_commands(grid):
+    """The commands of all cells, each followed by those of its pseudo splits. Raises InputError on a wrong flag."""
+    check_methods(grid.methods)
     data.check_flag("jobs", grid.jobs, 1)
     data.check_flag("pcv", grid.pcv)
     pairs = [single for pair in grid.pairs for single in expand(pair, grid.flags)]
@@ -160,19 +167,29 @@ def run_cells(waiting, jobs, bar):
     return failures
 
 
-def run_grid(grid):
+def unfinished(commands, runs_dir):
+    """The commands that made no finished run below runs_dir, and those with --overwrite."""
+    finished = {read_json(path).get("command") for path in Path(runs_dir).rglob("done.json")}
+    return [command for command in commands if "--overwrite" in command or shlex.join(command) not in finished]
+
+
+def run_commands(commands, grid):
     """Run what is not finished yet. Raises InputError, with a text for each run that failed."""
-    commands = grid_commands(grid)
-    finished = {read_json(path).get("command") for path in Path(grid.runs_dir).rglob("done.json")}
-    waiting = [command for command in commands if "--overwrite" in command or shlex.join(command) not in finished]
-    if grid.print_commands:
-        for command in waiting:
-            print(shlex.join(command))
-        return
+    waiting = unfinished(commands, grid.runs_dir)
     with tqdm(total=len(commands), initial=len(commands) - len(waiting), unit="run") as bar:
         failures = run_cells(waiting, grid.jobs, bar)
     if failures:
         raise InputError(f"{len(failures)} of {len(commands)} runs failed:\n" + "\n".join(failures))
+
+
+def run_grid(grid):
+    """Run the grid, or print its commands."""
+    commands = grid_commands(grid)
+    if not grid.print_commands:
+        run_commands(commands, grid)
+        return
+    for command in unfinished(commands, grid.runs_dir):
+        print(shlex.join(command))
 
 
 @dataclass
@@ -205,6 +222,14 @@ def interval(values):
     return float(values.mean()), float(width)
 
 
+def read(folder):
+    """As eval.read_run. Raises InputError if the run is damaged."""
+    try:
+        return read_run(folder)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
 def collect(folders, over_targets=False):
     """{task: {method: {(unit, target, split seed, source seed, seed): run}}} of all finished runs but pseudo splits.
 
@@ -224,10 +249,7 @@ def collect(folders, over_targets=False):
         setting = {name: value for name, value in args.items() if name not in not_compared}
         if differ := differences(settings.setdefault((task, method), setting), setting):
             raise InputError(f"{path.parent}: other {differ} than {method}'s other runs; use --name")
-        try:
-            run = read_run(path.parent)
-        except ValueError as error:
-            raise InputError(str(error)) from error
+        run = read(path.parent)
         if run["classes"] != classes.setdefault(task, run["classes"]):
             raise InputError(f"{path.parent}: over other classes than the other runs of {task}; report them apart")
         runs = tasks.setdefault(task, {}).setdefault(method, {})
@@ -422,11 +444,88 @@ def draw_figures(task, methods, options):
     draw(task, rows[::-1], {method: list(runs.values()) for method, runs in drawn.items()}, options.figures)
 
 
+@dataclass
+class Choose:
+    """Rank methods by pseudo splits of the labelled images, in which some of the seen classes play the unseen ones. No
+    image of a truly unseen class has a part in it; what is finished is skipped."""
+
+    pair: str
+    """dataset:source:target"""
+    methods: tuple[str, ...] = tuple(METHODS)
+    """scripts by name, each with flags of its own if quoted: "masked_ft --lr 0.01 --name masked_ft_fast" """
+    pseudo_splits: int = 3
+    """of the labelled images; each is one run per method"""
+    split_seed: int = 0
+    """which classes are seen, and which images are for training"""
+    seed: int = 0
+    """training seed"""
+    source_seed: int = 0
+    """of the source model"""
+    jobs: int = 1
+    """runs at a time, as in run"""
+    runs_dir: str = "runs"
+    """where run folders and source models are kept"""
+    flags: str = ""
+    """flags for every run, with an equals sign: --flags="--data-root ROOT --source-checkpoint hers.pt" """
+
+
+def plain_commands(options):
+    """{name: command} of every method, without a pseudo split. Raises InputError on a wrong flag."""
+    check_methods(options.methods)
+    data.check_flag("jobs", options.jobs, 1)
+    data.check_flag("pseudo_splits", options.pseudo_splits, 1)
+    if options.pair.endswith(":all"):
+        raise InputError(f"--pair {options.pair}: must name a single target")
+    expand(options.pair, options.flags, "--pair")
+    seeds = (options.split_seed, options.source_seed, options.seed)
+    commands = {}
+    for method in options.methods:
+        command = cell_command(method, options.pair, *seeds, options)
+        if "--oracle" in command:
+            raise InputError(f"--methods {method}: an oracle learns from labels of unseen classes; leave it out")
+        script, *flags = shlex.split(f"{method} {options.flags}".replace("=", " "))
+        name = dict(itertools.pairwise(flags)).get("--name", script)
+        if name in commands:
+            raise InputError(f"--methods {method}: {name} is there already; give this one another --name")
+        commands[name] = command
+    return commands
+
+
+def pseudo_run(name, number, options):
+    """The run of a pseudo split, from the folder that runs.Run gives it. Raises InputError if it is not there."""
+    dataset, source, target = options.pair.split(":")
+    folder = f"split{options.split_seed}-seed{options.seed}"
+    folder += f"-source{options.source_seed}" if options.source_seed else ""
+    return read(Path(options.runs_dir, dataset, f"{source}-{target}", name, f"{folder}-pseudo{number}"))
+
+
+def ranking(methods):
+    """Rows (dicts), the best mean overall accuracy first, of {method: {(pseudo split,): run}}. Differences are to the
+    first. Raises InputError where the overall accuracy is not known."""
+    overall = {method: interval([*values(runs, "overall").values()])[0] for method, runs in methods.items()}
+    if None in overall.values():
+        raise InputError("no pseudo split has test images of both seen and unseen classes; take another --split-seed")
+    worst_to_best = {method: methods[method] for method in sorted(overall, key=overall.get)}
+    first = list(worst_to_best)[-1]
+    names = {"overall": "overall", "seen": "pseudo_seen", "unseen": "pseudo_unseen", f"vs_{first}": f"vs_{first}"}
+    names |= {f"{name}_pm": f"{shown}_pm" for name, shown in names.items()}
+    rows = rows_of({"pseudo splits": worst_to_best}, first)[::-1]
+    return [{"method": row["method"]} | {shown: row[name] for name, shown in names.items()} for row in rows]
+
+
+def choose(options):
+    """Run what is not finished yet, and print the ranking."""
+    commands, numbers = plain_commands(options), range(options.pseudo_splits)
+    run_commands([[*command, "--pseudo-split", str(k)] for command in commands.values() for k in numbers], options)
+    rows = ranking({name: {(k,): pseudo_run(name, k, options) for k in numbers} for name in commands})
+    show(f"{options.pair}, split seed {options.split_seed}, mean over {len(numbers)} pseudo splits", rows, "", "md")
+
+
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    options = tyro.extras.subcommand_cli_from_dict({"run": RunGrid, "report": Report})
+    options = tyro.extras.subcommand_cli_from_dict({"run": RunGrid, "report": Report, "choose": Choose})
     try:
-        run_grid(options) if isinstance(options, RunGrid) else report(options)
+        {RunGrid: run_grid, Report: report, Choose: choose}[type(options)](options)
         sys.stdout.flush()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

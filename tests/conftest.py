@@ -2,6 +2,7 @@ import dataclasses
 import functools
 import json
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -79,6 +80,24 @@ def stand_in(tmp_path_factory):
 def quick_start(stand_in, monkeypatch):
     """Scripts that a test starts as processes of their own need not import PyTorch first."""
     monkeypatch.setattr(sys, "executable", str(stand_in))
+
+
+@pytest.fixture
+def run_benchmark(monkeypatch, capsys):
+    """Run benchmark.py as a program, in this process; returns its exit code, what it printed, and its errors."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "benchmark.py"), *map(str, words)])
+        capsys.readouterr()
+        code = 0
+        monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # this process keeps its own handlers
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return call
 
 
 @pytest.fixture

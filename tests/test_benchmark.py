@@ -1,6 +1,5 @@
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -378,21 +377,9 @@ def test_a_reader_that_has_enough_is_no_error(tmp_path):
 
 
 @pytest.fixture
-def grid(monkeypatch, capsys):
-    """benchmark.py run ..., as a program, in this process; its exit code, what it printed, and its errors."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", [str(ROOT / "benchmark.py"), "run", *map(str, words)])
-        capsys.readouterr()
-        code = 0
-        monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # this process keeps its own handlers
-        try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return call
+def grid(run_benchmark):
+    """benchmark.py run ..."""
+    return lambda *words: run_benchmark("run", *words)
 
 
 def test_print_commands(grid):
