@@ -3,8 +3,7 @@
 What `python benchmark.py choose` goes by, against the truth that its user does not have: accuracy on the test images.
 
 ```bash
-python benchmark.py run --jobs 2 --pcv 3 --source-seeds split \\
-  --methods ht_distill masked_ft naive_ft frozen_classifier lolsgd bn_adapt
+python benchmark.py run --jobs 2 --pcv 2 --source-seeds split --methods ht_distill masked_ft naive_ft lolsgd
 python results/choose_study.py runs --always ht_distill > results/choose.md
 ```
 
