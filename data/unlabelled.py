@@ -42,13 +42,13 @@ def make_pool(domain, train, labelled, more, augmentation):
     return Split(images, torch.full((len(images),), -1), augmentation, group)
 
 
-def read_shares(path, classes):
+def read_shares(path, classes, flag):
     """The share of each of the classes, float [C], which add up to 1, from a file with a line `CLASS NUMBER` for each.
 
-    The numbers may be counts. Raises InputError, naming the line or the class.
+    The numbers may be counts. Raises InputError, naming the flag that gave the file, the line or the class.
     """
     if not Path(path).is_file():
-        raise InputError(f"--prior {path}: not there; must have a line CLASS NUMBER for each class")
+        raise InputError(f"{flag} {path}: not there; must have a line CLASS NUMBER for each class")
     shares = {}
     for number, line in enumerate(Path(path).read_text().splitlines(), 1):
         name, _, value = line.strip().rpartition(" ")

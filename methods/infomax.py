@@ -97,7 +97,7 @@ if __name__ == "__main__":
         for flag, most in (("infomax_weight", data.MOST), ("alpha", 1), ("memory", 1)):
             data.check_flag(flag, getattr(args, flag), 0, most)
         task = data.load_task(args, pool=True)
-        prior = None if args.prior in ("uniform", "source") else data.read_shares(args.prior, task.classes)
+        prior = None if args.prior in ("uniform", "source") else data.read_shares(args.prior, task.classes, "--prior")
         args = run.open(task)
         models.tune_process()
         device, amp = models.choose_device(args.device, args.amp, args.arch)

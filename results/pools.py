@@ -89,8 +89,8 @@ def main(kind, script, *flags):
             task.target_unlabelled, counts["pool"] = unkind(kind, whole.target_train, whole.seen, args.split_seed)
         return task
 
-    def read(path, classes):
-        return counts[path] / counts[path].sum() if path in counts else read_shares(path, classes)
+    def read(path, *others):
+        return counts[path] / counts[path].sum() if path in counts else read_shares(path, *others)
 
     data.load_task, data.read_shares = load, read
     sys.argv = [script, *flags]
