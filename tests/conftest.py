@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import json
+import os
 import runpy
 import signal
 import sys
@@ -12,6 +13,9 @@ import quick_python
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+# Threads of small steps wait for each other where others use the cores too. Before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import data  # noqa: E402
 
