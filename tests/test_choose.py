@@ -76,6 +76,9 @@ def test_the_ranking_by_hand(tmp_path, run_benchmark):
         ["source model", "50.0 ± 0.0", "52.0 ± 0.0", "48.0 ± 0.0", "-20.0 ± 24.8"],
         ["l2_sp", "44.0 ± 9.9", "44.0 ± 9.9", "44.0 ± 9.9", "-26.0 ± 14.9"],
     ]
+    verdict = lines[-1]
+    assert verdict.startswith("No recommendation: ") and verdict.endswith(" see results/choose.md.")
+    assert "methods/" not in printed, "no method's command is offered"
 
 
 def test_of_one_pseudo_split_there_is_no_interval(tmp_path, run_benchmark):
