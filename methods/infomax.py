@@ -4,8 +4,8 @@ Another setting than that of the other scripts: images of the unseen classes are
 classified with confidence, and all together into all classes (SHOT, Liang et al., ICML 2020, arXiv 2002.08546):
     mean entropy of p + KL(mean p || prior)    with a uniform prior it is SHOT's, up to a constant
 Differs from SHOT: labels hold the seen classes, and no pseudo-labels are made; the head learns too; mean p is a running
-mean, as a step may have fewer images than there are classes. In the cross-entropy unseen classes count --alpha times
-(FedRS, KDD 2021): with 0 nothing keeps seen images out of them, with 1 they sink faster than the pool can lift them.
+mean, as a step may have fewer images than there are classes. In the cross-entropy unseen classes count --alpha times:
+with 0 nothing keeps seen images out of them, with 1 they sink faster than the pool can lift them.
 
     python methods/infomax.py    # overall 97.9 ± 0.8, unseen 96.2 on mnist to optdigits, see README
 """
@@ -52,8 +52,9 @@ class Args(Method, Training, data.PoolArgs, data.TaskArgs, runs.RunArgs):
     """All flags."""
 
 
-def restricted_cross_entropy(logits, labels, seen, alpha):
-    """Cross-entropy of logits [N, C] in whose softmax classes outside seen, bool [C], count alpha times."""
+def discounted_cross_entropy(logits, labels, seen, alpha):
+    """Cross-entropy of logits [N, C] in whose softmax classes outside seen, bool [C], count alpha times.
+    FedRS (KDD 2021), as in masked_ft, scales their logits instead."""
     return F.cross_entropy(logits + torch.where(seen, 1.0, alpha).log(), labels)
 
 
@@ -138,7 +139,7 @@ if __name__ == "__main__":
                 images, labels = batches(step)
                 free, _ = pool(step)
                 logits, free_logits = model(torch.cat([images, free])).split([len(images), len(free)])
-                loss = restricted_cross_entropy(logits, labels, seen, args.alpha)
+                loss = discounted_cross_entropy(logits, labels, seen, args.alpha)
                 mean = running_mean(free_logits.softmax(1).mean(0), local["mean"][0], args.memory)
                 local["mean"][0] = mean.detach()
                 loss += args.infomax_weight * (uncertainty(free_logits) + imbalance(mean, prior))

@@ -28,10 +28,10 @@ def test_an_unseen_class_counts_alpha_times(infomax):
         weights = torch.where(SEEN, 1.0, alpha).double()
         share = z.exp() * weights / (z.exp() * weights).sum(1, keepdim=True)
         want = -share[torch.arange(6), labels].log().mean()
-        assert infomax.restricted_cross_entropy(z, labels, SEEN, alpha).item() == pytest.approx(want.item(), abs=1e-7)
-    assert torch.equal(infomax.restricted_cross_entropy(z, labels, SEEN, 1.0), F.cross_entropy(z, labels))
+        assert infomax.discounted_cross_entropy(z, labels, SEEN, alpha).item() == pytest.approx(want.item(), abs=1e-7)
+    assert torch.equal(infomax.discounted_cross_entropy(z, labels, SEEN, 1.0), F.cross_entropy(z, labels))
     z.requires_grad_()
-    (gradient,) = torch.autograd.grad(infomax.restricted_cross_entropy(z, labels, SEEN, 0.0), z)
+    (gradient,) = torch.autograd.grad(infomax.discounted_cross_entropy(z, labels, SEEN, 0.0), z)
     assert (gradient[:, ~SEEN] == 0).all(), "masked: nothing pushes an unseen class down"
 
 
