@@ -49,7 +49,7 @@ from .inat_fungi import INAT_FUNGI
 from .iwildcam import IWILDCAM
 from .office_home import OFFICE_HOME
 from .splits import pseudo_task, split_domain, split_target
-from .unlabelled import image_files, make_pool, read_shares
+from .unlabelled import image_files, read_shares, without_labels
 from .vtab import VTAB
 
 __all__ = ["LEAST", "MOST", "Batches", "PoolArgs", "Split", "TaskArgs", "by_recipe", "change_colours", "check_flag"]
@@ -286,7 +286,8 @@ def load_task(args, pool=False):
     recipes = recipes_of(args, entry, len(labelled), splits[0] and len(splits[0].labels))  # an oracle trains as long
     task = Task(args.dataset, source, target, classes, seen, *splits, *recipes, seen_classes)
     if pool:
-        task.target_unlabelled = make_pool(here, train, used, others, augmentation)
+        order = np.concatenate([used, np.setdiff1d(train, used)])
+        task.target_unlabelled = without_labels(make_split(here, order, augmentation), others)
     return task if args.pseudo_split is None else pseudo_task(task, args.split_seed, args.pseudo_split)
 
 

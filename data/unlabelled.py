@@ -13,7 +13,7 @@ from files import InputError
 
 from .batches import Split
 from .folder import EXTENSIONS, entries
-from .images import Images, pick
+from .images import Images
 
 
 def image_files(unlabelled, target_folder):
@@ -30,16 +30,13 @@ def image_files(unlabelled, target_folder):
     return [str(folder.resolve() / name) for name in found]
 
 
-def make_pool(domain, train, labelled, more, augmentation):
-    """A Split whose labels are all -1: of the Domain the images `labelled`, the images `train`, and last `more`, Images
-    or None. train, labelled: indices, int64 [n]."""
-    index = np.concatenate([labelled, np.setdiff1d(train, labelled)])
-    images = pick(domain.images, index)
+def without_labels(split, more=None):
+    """The Split with -1 for every label, and with the images `more` behind its own: Images of the same file, or None.
+    Of those no group is known, so then it has none."""
+    images, group = split.images, split.group
     if more is not None:
-        images = Images(images.pixels, np.concatenate([images.index, more.index]), images.key, images.sums)
-    images = images if isinstance(images, Images) else torch.from_numpy(images)
-    group = pick(domain.group, index) if more is None else None
-    return Split(images, torch.full((len(images),), -1), augmentation, group)
+        images, group = Images(images.pixels, np.concatenate([images.index, more.index]), images.key, images.sums), None
+    return Split(images, torch.full((len(images),), -1), split.augmentation, group)
 
 
 def read_shares(path, classes, flag):
