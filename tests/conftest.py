@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import quick_python
+import replicas
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -102,6 +103,15 @@ def run_benchmark(monkeypatch, capsys):
         return code, *capsys.readouterr()
 
     return call
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory):
+    """A data root with all replicas."""
+    path = tmp_path_factory.mktemp("data")
+    for name in ("office_home", "domainnet", "femnist", "iwildcam", "inat_fungi", "vtab", "folder"):
+        getattr(replicas, name)(path)
+    return path
 
 
 @pytest.fixture

@@ -16,15 +16,6 @@ from files import InputError
 SMALL = ("--arch", "small_cnn", "--image-size", "16", "--batch-size", "8")
 
 
-@pytest.fixture(scope="session")
-def root(tmp_path_factory):
-    """A data root with all replicas."""
-    path = tmp_path_factory.mktemp("data")
-    for name in ("office_home", "domainnet", "femnist", "iwildcam", "inat_fungi", "vtab", "folder"):
-        getattr(replicas, name)(path)
-    return path
-
-
 @pytest.fixture
 def load(root):
     return lambda dataset, *a, **k: load_task(

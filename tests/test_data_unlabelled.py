@@ -24,15 +24,6 @@ SETS = {
 }
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """A data root with all replicas."""
-    path = tmp_path_factory.mktemp("data")
-    for name in ("office_home", "domainnet", "femnist", "iwildcam", "inat_fungi", "vtab", "folder"):
-        getattr(replicas, name)(path)
-    return path
-
-
 @dataclasses.dataclass
 class Args(data.PoolArgs, data.TaskArgs):
     pass
