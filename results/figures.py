@@ -145,10 +145,8 @@ def calibration(rows):
 def draw_over_tasks(lines, folder):
     """Draw what each method closed on each task, a point per task; filled where defaults were tuned on it (*).
 
-    lines: of benchmark.over_tasks, from the worst mean to the best. The methods that were not run on every task are
-    left out.
+    lines: of benchmark.over_tasks, from the worst mean to the best, of methods that were run on every task.
     """
-    lines = [line for line in lines if line["mean"] is not None]
     tasks = [name for name in lines[0] if f"{name}_pm" in lines[0]]
     ax = Figure((6.4, 0.34 * len(lines) + 1), layout="constrained").subplots()
     for i, task in enumerate(tasks):
