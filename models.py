@@ -134,7 +134,10 @@ def original(arch, weights="none"):
             known = "small_cnn, lenet, resnet18, vit_b_16, another of torchvision's classifiers, timm:NAME or clip:NAME"
             raise InputError(f"--arch {arch}: unknown; choose {known}")
         network = load(arch, torchvision.models.get_model, arch, weights="DEFAULT" if pretrained else None)
-        head = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
+        heads = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+        if not heads or hasattr(network, "aux_logits"):  # squeezenet; googlenet and inception_v3, which have three
+            raise InputError(f"--arch {arch}: does not end in one linear head; choose resnet50, or timm:NAME")
+        head = heads[-1]
     if weights not in (None, "imagenet", "none"):
         files.load_state(network, read_checkpoint(weights, "--weights"), f"--weights {weights}")
     return network, head
@@ -345,16 +348,17 @@ def train_once(model, task, seed, path, key, arch, stop):
 
 def renamed(state, model, where):
     """A state dict of torchvision's or timm's names with the Classifier's, to which mean and std belong. Any other is
-    left as it is. Raises InputError at a head for another number of classes."""
-    theirs = f"{model.head_name}.weight"
-    if theirs not in state or "mean" in state:
+    left as it is. Raises InputError at a head for another number of classes, and at two heads."""
+    if isinstance(model.head_name, tuple) and all(f"{name}.weight" in state for name in model.head_name):
+        raise InputError(f"{where}: has two heads ({', '.join(model.head_name)}); distilled networks are not offered")
+    head = f"{model.head_name}.weight"
+    if head not in state or "mean" in state:
         return state
-    if len(state[theirs]) != len(model.head.weight):
-        raise InputError(f"{where}: a head for {len(state[theirs])} classes; there are {len(model.head.weight)}")
-    own = {"mean": model.mean, "std": model.std}
-    for key, value in state.items():
-        layer, _, name = key.rpartition(".")
-        own[f"head.{name}" if layer == model.head_name else f"backbone.{key}"] = value
+    if len(state[head]) != len(model.head.weight):
+        raise InputError(f"{where}: a head for {len(state[head])} classes; there are {len(model.head.weight)}")
+    own = {f"backbone.{key}": value for key, value in state.items()} | {"mean": model.mean, "std": model.std}
+    own["head.weight"] = own.pop(f"backbone.{head}").flatten(1)  # some are a 1x1 convolution of pooled features
+    own["head.bias"] = own.pop(f"backbone.{model.head_name}.bias", torch.zeros(len(state[head])))  # some have none
     return own
 
 

@@ -8,7 +8,6 @@ RUN is a run's folder or its model.pt. predictions.csv has a line per image: fil
 the class was seen in training), runner_up. A start that was stopped goes on with the same command.
 """
 
-import copy
 import csv
 import hashlib
 import io
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 import tyro
 from PIL import Image
+from torch import nn
 from tqdm import tqdm
 
 import models
@@ -178,10 +178,12 @@ def original(model):
     """(network, state dict) as torchvision or timm name it, the model's head in its place."""
     if not isinstance(model.head_name, str):  # of some distilled ones timm has two
         raise InputError(f"--export state-dict: {model.arch} has no naming of its own; model.pt has its state dict")
-    network, head = models.original(model.arch)
-    network.set_submodule(head, copy.deepcopy(model.head))
-    state = dict(model.backbone.state_dict())
-    state |= {f"{head}.{name}": value for name, value in model.head.state_dict().items()}
+    network, name = models.original(model.arch)
+    head = network.get_submodule(name)
+    head.weight = nn.Parameter(model.head.weight.reshape(-1, *head.weight.shape[1:]))  # a 1x1 convolution, perhaps
+    head.bias = nn.Parameter(model.head.bias.clone())
+    own = {key: value for key, value in network.state_dict().items() if key.rpartition(".")[0] == name}
+    state = {**model.backbone.state_dict(), **own}
     load_state(network, state, f"--export state-dict: {model.arch}")
     return network.eval(), state
 

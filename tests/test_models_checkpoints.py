@@ -59,6 +59,7 @@ def prefixed(state, prefix):
 
 
 ARCHS = ["resnet18", "mobilenet_v3_small", "timm:resnet10t", "timm:convnext_atto", "timm:vit_tiny_patch16_224"]
+ARCHS += ["timm:resnetv2_50x1_bit"]  # its head is a 1x1 convolution
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -86,6 +87,34 @@ def test_how_a_state_dict_is_kept(shape, task, photos, tmp_path):
     model = models.source_model(given, "resnet18", checkpoint=path)
     assert torch.equal(model.head.weight, state["fc.weight"]) and model.mean.flatten().tolist() != [0.5] * 3
     assert torch.equal(model.backbone.layer4[1].conv2.weight, state["layer4.1.conv2.weight"])
+
+
+@pytest.mark.parametrize("arch", ["squeezenet1_1", "googlenet", "inception_v3"])
+def test_networks_without_one_linear_head_are_refused(arch):
+    with pytest.raises(InputError, match=rf"^--arch {arch}: does not end in one linear head; choose resnet50, or"):
+        models.build(arch, 4, (3, 96, 96), "none")
+
+
+def test_a_distilled_networks_two_heads_are_refused(task, photos, tmp_path):
+    timm = pytest.importorskip("timm", reason="an optional requirement, see requirements-optional.txt")
+    distilled, path = "deit_tiny_distilled_patch16_224", str(tmp_path / "hers.pth")
+    torch.save(timm.create_model(distilled, num_classes=4).state_dict(), path)
+    given = task(source_checkpoint=path, classes=str(photos / "classes.txt"))
+    given.target_train.images = torch.zeros(1, 3, 224, 224, dtype=torch.uint8)
+    with pytest.raises(
+        InputError, match=r"hers.pth: has two heads \(head, head_dist\); distilled networks are not off"
+    ):
+        models.source_model(given, f"timm:{distilled}", checkpoint=path)
+
+
+def test_a_head_without_bias_has_one_of_zeros(task, photos, tmp_path):
+    theirs, path = network("resnet18"), str(tmp_path / "hers.pth")
+    state = theirs.state_dict()
+    state.pop("fc.bias")
+    torch.save(state, path)
+    given = task(source_checkpoint=path, classes=str(photos / "classes.txt"))
+    model = models.source_model(given, "resnet18", checkpoint=path)
+    assert torch.equal(model.head.bias, torch.zeros(4)) and torch.equal(model.head.weight, state["fc.weight"])
 
 
 def test_classes_are_in_the_models_order(task, photos, tmp_path):

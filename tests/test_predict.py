@@ -161,6 +161,19 @@ def test_export_to_timms_naming(adapted):
     torch.testing.assert_close(theirs((images - model.mean) / model.std), model(images), atol=1e-5, rtol=0)
 
 
+def test_a_head_that_is_a_convolution_is_exported_as_one(tmp_path):
+    timm, arch = pytest.importorskip("timm", reason=WHY), "resnetv2_50x1_bit"
+    model = models.build(f"timm:{arch}", 4, (3, 32, 32), "none").eval()
+    model.classes, model.seen, model.arch = list("abcd"), torch.tensor([True, False, True, False]), f"timm:{arch}"
+    model.image_size, model.channels = 32, 3
+    predict.export(model, "state-dict", tmp_path / "model.state_dict.pt")
+    state = torch.load(tmp_path / "model.state_dict.pt", weights_only=True)
+    assert state["head.fc.weight"].shape == (4, 2048, 1, 1)
+    theirs, images = timm.create_model(arch, num_classes=4).eval(), torch.rand(5, 3, 32, 32)
+    theirs.load_state_dict(state)
+    torch.testing.assert_close(theirs((images - model.mean) / model.std), model(images), atol=1e-5, rtol=1e-5)
+
+
 def test_export_to_onnx(adapted):
     onnx, onnxruntime = (pytest.importorskip(name, reason=WHY) for name in ("onnx", "onnxruntime"))
     folder = adapted("resnet18")

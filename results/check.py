@@ -1,0 +1,151 @@
+"""Are the printed figures those of the runs?
+
+    python results/check.py runs             # compares; exit code 1 where something differs
+    python results/check.py runs --write     # puts the runs' tables in place of the printed ones
+
+Compared are README.md and results/README.md: each table with a row per method, by `benchmark.py report`'s own rows, and
+each figure with a decimal in the text of the parts about such tables; table.csv; and the result that a script's header
+names. A table of tasks or methods that the runs do not have is named as not compared.
+"""
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import benchmark
+from eval import table
+from files import InputError, write_text
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "results/README.md")
+PARTS = ("# Holistic transfer", "## Over tasks", "## By task", "## Which method")  # whose text is about the tables
+REFERENCES = ("naive_ft", "masked_ft", "ht_distill")  # of the differences that the pages name
+MIXED = "overall where 10 and 90 % of the test images are of seen classes"
+FIGURE = re.compile(r"-?\d+\.\d( ± \d+\.\d)?(?![\d.])")
+
+
+@dataclass
+class Check:
+    """Compare the printed figures with those of runs."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs"),)
+    """folders with finished runs somewhere below them"""
+    write: bool = False
+    """put the runs' tables in place of the printed ones; text stays as it is, and is compared"""
+
+
+def measure(tasks):
+    """({(title, reference): rows as benchmark.py report prints them}, the texts of all figures). The title "" is of the
+    table over tasks."""
+    tables = {}
+    for reference in REFERENCES:
+        rows = benchmark.rows_of(tasks, reference)
+        tables["", reference] = benchmark.over_tasks(rows, benchmark.Report.tuned_on)
+        for task in tasks:
+            tables[task, reference] = [row for row in rows if row["task"] == task]
+    texts = {}
+    for name, rows in tables.items():
+        cells = [benchmark.rounded(row) for row in rows]
+        texts[name] = [{short(column): cell for column, cell in row.items()} for row in cells]
+    figures = {cell.lstrip("+") for rows in texts.values() for row in rows for cell in row.values()}
+    texts[MIXED, REFERENCES[0]] = mixed(tables, tasks)
+    return texts, figures | {figure.partition(" ± ")[0] for figure in figures}
+
+
+def mixed(tables, tasks):
+    """A row per method: what overall accuracy would be, were 10 or 90 % of the test images of seen classes."""
+    lines = {}
+    for task in tasks:
+        for row in tables[task, REFERENCES[0]]:
+            line = lines.setdefault(row["method"], {"method": row["method"]})
+            for percent in (10, 90):
+                accuracy = (percent * row["seen"] + (100 - percent) * row["unseen"]) / 100
+                line[f"{short(task)}, {percent} %"] = f"{accuracy:.1f}"
+    return [*lines.values()]
+
+
+def short(column):
+    """A task's name without its data set and its number of seen classes; any other column's as a table has it."""
+    return re.sub(r"^\w+ (.* to .*), \d+ seen\b", r"\1", column).replace("_", " ")
+
+
+def printed_tables(text):
+    """(title, text, columns, methods) of every table of methods; the title is a line in bold above it, or ""."""
+    for match in re.finditer(r"(?:\*\*([^\n]+?)\*?\*\*\n\n)?((?:^\|[^\n]*\|\n)+)", text, re.MULTILINE):
+        header, _, *rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in match[2].splitlines()]
+        if header[0] == "method":
+            yield match[1] or "", match[2], header, [row[0] for row in rows]
+
+
+def expected(tables, title, columns, methods):
+    """The table of these columns and methods as the runs give it, or None where they have not all of them."""
+    reference = next((name[3:].replace(" ", "_") for name in columns if name.startswith("vs ")), REFERENCES[0])
+    own = [row for row in tables.get((title, reference), ()) if row["method"] in methods]
+    if len(own) < len(methods) or not all(name in row for row in own for name in columns):
+        return None
+    return table([{name: row[name] for name in columns} for row in own]) + "\n"
+
+
+def prose(text):
+    """The lines outside of tables and code in the parts about tables, with their numbers."""
+    part, code = "", False
+    for number, line in enumerate(text.splitlines(), 1):
+        code ^= line.startswith("```")
+        part = line if line.startswith("#") and not code else part
+        if part in PARTS and not code and not line.startswith("|"):
+            yield number, line
+
+
+def compare_page(page, tables, figures, write):
+    """Texts for what differs on a page; with write, its tables are put right first. Prints what was not compared."""
+    path, differ = ROOT / page, []
+    text = path.read_text()
+    for title, printed, columns, methods in list(printed_tables(text)):
+        want = expected(tables, title, columns, methods)
+        if want is None:
+            print(f"{page}: not compared: {title or ', '.join(columns[1:3])}, ...")
+        elif want != printed and write:
+            text = text.replace(printed, want)
+        elif want != printed:
+            pairs = zip(printed.splitlines(), want.splitlines(), strict=True)
+            differ += [f"{page}: {old}\n    the runs: {new}" for old, new in pairs if old != new]
+    if write:
+        write_text(path, text)
+    for number, line in prose(text):
+        wrong = [match[0] for match in FIGURE.finditer(line) if match[0] not in figures]
+        differ += [f"{page}:{number}: {figure} is in no table of the runs" for figure in wrong]
+    return differ
+
+
+def compare_headers(tables):
+    """Texts for the results in the headers of scripts that the runs do not give."""
+    rows = tables.get(("digits mnist to optdigits, 5 seen", REFERENCES[0]), ())
+    results, differ = {row["method"]: (row["overall"], row["unseen"].partition(" ")[0]) for row in rows}, []
+    for path in sorted((ROOT / "methods").glob("*.py")):
+        said = re.search(r"# overall (\S+ ± \S+), unseen (\S+) on mnist to optdigits", path.read_text())
+        if path.stem in results and (not said or said.groups() != results[path.stem]):
+            differ.append(f"methods/{path.name}: {said and said[0]}\n    the runs: {results[path.stem]}")
+    return differ
+
+
+if __name__ == "__main__":
+    options = tyro.cli(Check, description=__doc__)
+    try:
+        tasks = benchmark.collect(options.runs)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    tables, figures = measure(tasks)
+    whole, path = table(benchmark.rows_of(tasks, REFERENCES[0]), "csv") + "\n", ROOT / "results" / "table.csv"
+    if options.write:
+        write_text(path, whole)
+    differ = [] if path.read_text() == whole else ["results/table.csv: other figures"]
+    for page in PAGES:
+        differ += compare_page(page, tables, figures, options.write)
+    differ += compare_headers(tables)
+    print(*differ, f"{len(differ)} differences", sep="\n")
+    raise SystemExit(bool(differ))
