@@ -34,7 +34,7 @@ METHODS = sorted(path.stem for path in (HERE / "methods").glob("*.py"))
 SEEDS = ("split_seed", "source_seed", "seed")
 SOURCE = "source model"
 MARKS = "*: defaults were tuned on this task, on other splits. -: not run, or no oracle was, so there is no mean."
-STUDY = "No recommendation: the first of such a ranking was no better than always the same method, see results/choose.md."
+STUDY = "No recommendation: the first of such a ranking was no better than always the same one, see results/choose.md."
 SHOWN = ("overall", "seen", "unseen", "unseen_among_unseen", "harmonic_mean", "ausuc")
 
 

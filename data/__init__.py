@@ -49,11 +49,12 @@ from .inat_fungi import INAT_FUNGI
 from .iwildcam import IWILDCAM
 from .office_home import OFFICE_HOME
 from .splits import pseudo_task, split_domain, split_target
-from .unlabelled import image_files, read_shares, without_labels
+from .unlabelled import image_files, pool_concerns, read_shares, without_labels
 from .vtab import VTAB
 
 __all__ = ["LEAST", "MOST", "Batches", "PoolArgs", "Split", "TaskArgs", "by_recipe", "change_colours", "check_flag"]
-__all__ += ["crop_resize", "default", "digits", "generator", "glyphs", "random_affine", "random_photo", "read_shares"]
+__all__ += ["crop_resize", "default", "digits", "generator", "glyphs", "pool_concerns", "random_affine", "random_photo"]
+__all__ += ["read_shares"]
 
 DATASETS = {
     "digits": DIGITS,

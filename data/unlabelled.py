@@ -39,6 +39,25 @@ def without_labels(split, more=None):
     return Split(images, torch.full((len(images),), -1), split.augmentation, group)
 
 
+def pool_concerns(pool_logits, labelled_logits, prior):
+    """What may go wrong with a pool of unlabelled images, a text each.
+
+    pool_logits, labelled_logits: the source model's, [N, C] on the pool and [M, C] on the labelled images, which are in
+    the pool too. prior: the shares of the classes that a method takes for the pool's, [C].
+    """
+    texts, few = [], len(pool_logits) - len(labelled_logits)
+    if few < 5 * len(prior):
+        texts.append(f"{few} besides the labelled ones are few for {len(prior)} classes")
+    distance = (pool_logits.softmax(1).mean(0) - prior).abs().sum().item() / 2
+    if distance > 0.35:
+        texts.append(f"the source model sees other class shares than expected (distance {distance:.2f} of 1)")
+    pool, labelled = (torch.special.entr(logits.softmax(1)).sum(1).mean() for logits in (pool_logits, labelled_logits))
+    doubt = (pool - labelled).item()
+    if doubt > 0.14:
+        texts.append(f"the source model doubts them ({doubt:.2f} nats more than labelled ones): are all classes known?")
+    return texts
+
+
 def read_shares(path, classes, flag):
     """The share of each of the classes, float [C], which add up to 1, from a file with a line `CLASS NUMBER` for each.
 

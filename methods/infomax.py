@@ -74,24 +74,6 @@ def running_mean(now, before, memory):
     return mean + now - now.detach()
 
 
-def concerns(pool_logits, labelled_logits, prior):
-    """What may go wrong with a pool, a text each.
-
-    pool_logits, labelled_logits: the source model's, [N, C] on the pool and [M, C] on the labelled images, which are in
-    the pool too. prior: the classes' shares, [C].
-    """
-    texts, few = [], len(pool_logits) - len(labelled_logits)
-    if few < 5 * len(prior):
-        texts.append(f"{few} besides the labelled ones are few for {len(prior)} classes")
-    distance = (pool_logits.softmax(1).mean(0) - prior).abs().sum().item() / 2
-    if distance > 0.35:
-        texts.append(f"the source model sees other class shares than --prior says (distance {distance:.2f} of 1)")
-    doubt = (uncertainty(pool_logits) - uncertainty(labelled_logits)).item()
-    if doubt > 0.14:
-        texts.append(f"the source model doubts them ({doubt:.2f} nats more than labelled ones): are all classes known?")
-    return texts
-
-
 if __name__ == "__main__":
     args = runs.parse(Args)
     with runs.Run(__file__, args) as run:
@@ -124,7 +106,7 @@ if __name__ == "__main__":
         source_mean = pool_logits.softmax(1).mean(0)
         if prior is None:
             prior = source_mean if args.prior == "source" else torch.ones(len(seen)) / len(seen)
-        for text in concerns(pool_logits, labelled_logits, prior):
+        for text in data.pool_concerns(pool_logits, labelled_logits, prior):
             print(f"warning: unlabelled images: {text}; ht_distill does without them", file=sys.stderr)
         prior = prior.to(device)
         local = {"mean": [source_mean.to(device)]}  # the running mean of predictions

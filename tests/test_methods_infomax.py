@@ -68,17 +68,17 @@ def test_running_mean_has_the_steps_own_gradient(infomax):
     assert infomax.running_mean(now, before, 0.0).tolist() == pytest.approx(now.tolist())
 
 
-def test_concerns(infomax):
+def test_concerns():
     """Nothing of a kind pool; each of too few images, of other class shares, of images that the source model doubts."""
     uniform, certain = torch.full((4,), 0.25), torch.eye(4).repeat(10, 1) * 20
-    assert infomax.concerns(certain, certain[:20], uniform) == []
-    assert "19 besides" in infomax.concerns(certain, certain[:21], uniform)[0]
+    assert data.pool_concerns(certain, certain[:20], uniform) == []
+    assert "19 besides" in data.pool_concerns(certain, certain[:21], uniform)[0]
     skewed = torch.cat([certain[:8], certain[:1].repeat(32, 1)])
-    (text,) = infomax.concerns(skewed, certain[:20], uniform)
+    (text,) = data.pool_concerns(skewed, certain[:20], uniform)
     assert "other class shares" in text and "distance 0.60" in text
     doubtful = torch.cat([certain[:36], torch.zeros(4, 4)])  # a tenth has the largest entropy, log 4
-    assert infomax.concerns(torch.cat([certain[:37], torch.zeros(3, 4)]), certain[:20], uniform) == []
-    (text,) = infomax.concerns(torch.cat([doubtful, torch.zeros(4, 4)]), certain[:20], uniform)
+    assert data.pool_concerns(torch.cat([certain[:37], torch.zeros(3, 4)]), certain[:20], uniform) == []
+    (text,) = data.pool_concerns(torch.cat([doubtful, torch.zeros(4, 4)]), certain[:20], uniform)
     assert f"{8 / 44 * math.log(4):.2f} nats" in text
 
 
@@ -103,10 +103,9 @@ def test_labels_of_the_pool_are_never_read(run_method, read, monkeypatch):
             return task
 
         monkeypatch.setattr(data, "load_task", load)
-        for name in ("infomax", "bn_adapt"):
-            own = ("--mode", "pool") if name == "bn_adapt" else ()
+        for name, own in (("infomax", ()), ("self_train", ()), ("bn_adapt", ("--mode", "pool"))):
             arrays.append(read(run_method(name, *own, "--name", f"{name}_{wrong}")[1])[1]["test_logits"])
-    assert np.array_equal(arrays[0], arrays[2]) and np.array_equal(arrays[1], arrays[3])
+    assert all(np.array_equal(right, wrong) for right, wrong in zip(arrays[:3], arrays[3:], strict=True))
 
 
 def test_a_prior_from_a_file(run_method, tmp_path):

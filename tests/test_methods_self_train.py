@@ -1,0 +1,48 @@
+"""Self-training: which predictions become labels, the strong views, and what is left without it."""
+
+import pytest
+import torch
+from conftest import ROOT
+from test_methods_mathematics import method
+
+import data
+
+
+@pytest.fixture
+def self_train(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "methods"))
+    return method("self_train")
+
+
+def test_a_class_that_is_rare_asks_for_less(self_train):
+    probabilities = torch.tensor([[0.96, 0.02, 0.02], [0.94, 0.03, 0.03], [0.26, 0.5, 0.24], [0.28, 0.46, 0.26]])
+    mean = torch.tensor([0.6, 0.3, 0.1])  # thresholds 0.95, 0.475 and 0.158
+    assert self_train.confident(probabilities.log(), mean, 0.95).tolist() == [True, False, True, False]
+    assert self_train.confident(probabilities.log(), torch.ones(3) / 3, 0.95).tolist() == [True, False, False, False]
+    assert self_train.confident(probabilities.log(), mean, 0.0).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 40, 20)])
+def test_a_square_of_half_the_sides_is_black(self_train, shape):
+    rng = data.generator("cpu", 0)
+    images = self_train.black_out(torch.ones(50, *shape), rng)
+    black = images == 0
+    assert black.float().mean((1, 2, 3)).sub(0.25).abs().max() < 0.05 and ((images == 1) | black).all()
+    assert torch.equal(black, black[:, :1].expand_as(black)), "the same place in every channel"
+    rows, columns = black.any(3)[:, 0], black.any(2)[:, 0]
+    assert torch.equal(black[:, 0], rows[:, :, None] & columns[:, None]), "one box"
+    assert len({tuple(row) for row in rows.tolist()}) > 5 and len({tuple(row) for row in columns.tolist()}) > 5
+    again = self_train.black_out(torch.ones(50, *shape), data.generator("cpu", 0))
+    assert torch.equal(images, again)
+
+
+def test_without_weight_it_is_infomax(run_method):
+    runs = [
+        ("infomax", ("--name", "infomax_alone")),
+        ("self_train", ("--self-train-weight", "0", "--name", "self_train_alone")),
+        ("self_train", ("--self-train-weight", "3", "--name", "self_train_moved")),
+    ]
+    infomax, alone, moved = (run_method(name, *own)[0]["model"].state_dict() for name, own in runs)
+    for key, value in infomax.items():
+        torch.testing.assert_close(alone[key], value, atol=5e-5, rtol=1e-4)  # more images in one pass: rounding
+    assert (moved["head.weight"] - infomax["head.weight"]).abs().max() > 5e-4, "the term would be seen"
