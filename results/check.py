@@ -33,7 +33,7 @@ class Check:
     """Compare the printed figures with those of runs."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs"),)
-    """folders with finished runs somewhere below them"""
+    """folders with finished runs: the grid's, then those of tasks that stand apart"""
     write: bool = False
     """put the runs' tables in place of the printed ones; text stays as it is, and is compared"""
 
@@ -63,8 +63,10 @@ def mixed(tables, tasks):
         for row in tables[task, REFERENCES[0]]:
             line = lines.setdefault(row["method"], {"method": row["method"]})
             for percent in (10, 90):
-                accuracy = (percent * row["seen"] + (100 - percent) * row["unseen"]) / 100
-                line[f"{short(task)}, {percent} %"] = f"{accuracy:.1f}"
+                cell = "-"
+                if None not in (row["seen"], row["unseen"]):
+                    cell = f"{(percent * row['seen'] + (100 - percent) * row['unseen']) / 100:.1f}"
+                line[f"{short(task)}, {percent} %"] = cell
     return [*lines.values()]
 
 
@@ -135,12 +137,15 @@ def compare_headers(tables):
 if __name__ == "__main__":
     options = tyro.cli(Check, description=__doc__)
     try:
-        tasks = benchmark.collect(options.runs)
+        folders = [benchmark.collect([folder]) for folder in options.runs]
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    tables, figures = measure(tasks)
-    whole, path = table(benchmark.rows_of(tasks, REFERENCES[0]), "csv") + "\n", ROOT / "results" / "table.csv"
+    tables, figures = measure(folders[0])
+    for apart in folders[1:]:
+        more, others = measure(apart)
+        tables, figures = {**more, **tables}, figures | others
+    whole, path = table(benchmark.rows_of(folders[0], REFERENCES[0]), "csv") + "\n", ROOT / "results" / "table.csv"
     if options.write:
         write_text(path, whole)
     differ = [] if path.read_text() == whole else ["results/table.csv: other figures"]
