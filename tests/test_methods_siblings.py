@@ -41,7 +41,6 @@ MAY_REPLACE = {
     "lolsgd": [ARGS, SCHEDULER, LOSS, STEPS, RESUME, "images, labels = batches(step)", COUNT],
     "lp_ft": [ARGS],
     "masked_ft": [ARGS, LOSS],
-    "self_train": [ARGS, LOAD, LOSS, RESUME],
     "wise_ft": [ARGS, "run.finish(model)"],
 }
 

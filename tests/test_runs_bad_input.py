@@ -237,7 +237,6 @@ def wrong():
             "memory": ("1.1",),
             "prior": ("nowhere.txt",),
         },
-        "self_train": {"self-train-weight": ("-1", "nan"), "threshold": ("1.1", "-0.1"), "prior": ("nowhere.txt",)},
     }
     for method, flags in own.items():
         for flag, values in flags.items():

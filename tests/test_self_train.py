@@ -1,8 +1,11 @@
-"""Self-training: which predictions become labels, the strong views, and what is left without it."""
+"""results/self_train.py: which predictions become labels, the strong views, and a run as a user starts it."""
+
+import runpy
+import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import QUICK, ROOT
 from test_methods_mathematics import method
 
 import data
@@ -10,7 +13,7 @@ import data
 
 @pytest.fixture
 def self_train(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "methods"))
+    monkeypatch.syspath_prepend(str(ROOT / "results"))
     return method("self_train")
 
 
@@ -36,13 +39,13 @@ def test_a_square_of_half_the_sides_is_black(self_train, shape):
     assert torch.equal(images, again)
 
 
-def test_without_weight_it_is_infomax(run_method):
-    runs = [
-        ("infomax", ("--name", "infomax_alone")),
-        ("self_train", ("--self-train-weight", "0", "--name", "self_train_alone")),
-        ("self_train", ("--self-train-weight", "3", "--name", "self_train_moved")),
-    ]
-    infomax, alone, moved = (run_method(name, *own)[0]["model"].state_dict() for name, own in runs)
+def test_it_runs_and_without_weight_it_is_infomax(run_method, runs_dir, monkeypatch):
+    infomax = run_method("infomax", "--name", "infomax_alone")[0]["model"].state_dict()
+    script, weights = ROOT / "results" / "self_train.py", []
+    for weight in ("0", "3"):
+        own = ["--self-train-weight", weight, "--name", f"self_train_{weight}"]
+        monkeypatch.setattr(sys, "argv", [str(script), "--runs-dir", str(runs_dir), *QUICK, *own])
+        weights.append(runpy.run_path(str(script), run_name="__main__")["model"].state_dict())
     for key, value in infomax.items():
-        torch.testing.assert_close(alone[key], value, atol=5e-5, rtol=1e-4)  # more images in one pass: rounding
-    assert (moved["head.weight"] - infomax["head.weight"]).abs().max() > 5e-4, "the term would be seen"
+        torch.testing.assert_close(weights[0][key], value, atol=5e-5, rtol=1e-4)  # more images in one pass: rounding
+    assert (weights[1]["head.weight"] - infomax["head.weight"]).abs().max() > 5e-4, "the term would be seen"
