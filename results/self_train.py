@@ -14,66 +14,27 @@ import copy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # the modules: beside this file or one folder up
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # the modules: one folder up
 import data
 import models
 import runs
+from methods import infomax
+from methods.infomax import discounted_cross_entropy, imbalance, running_mean, uncertainty
 
 
 @dataclass
-class Method:
+class Method(infomax.Method):
     self_train_weight: float = 0.6  # of cross-entropy with the labels that the model makes, at the end; 0 at the start
     threshold: float = 0.95  # probability that makes such a label, for the class that is predicted most
-    infomax_weight: float = 1.0  # of information maximisation
-    alpha: float = 0.03  # how often an unseen class counts in cross-entropy; 0: masked, 1: naive
-    prior: str = "uniform"  # shares of the classes: uniform, source (as it predicts), a file with lines CLASS NUMBER
-    memory: float = 0.9  # of the running mean of predictions; 0: each step's own
 
 
 @dataclass
-class Training:
-    epochs: data.by_recipe(int, "epochs") = None  # evaluations after the source model's; the last one counts
-    steps_per_epoch: data.by_recipe(int, "steps_per_epoch") = None  # gradient steps between two evaluations
-    batch_size: data.by_recipe(int, "batch_size") = None  # images per step
-    lr: data.by_recipe(float, "lr") = None  # initial rate of the head, cosine to 0
-    backbone_lr: data.by_recipe(float, "backbone_lr") = None  # initial rate of the backbone
-    weight_decay: float = 5e-4  # on every parameter that trains
-    clip_grad: data.by_recipe(float, "clip_grad") = None  # largest norm of the gradient
-    bn_mode: Literal["eval", "train"] = "eval"  # BatchNorm: eval keeps the source's statistics
-    augment: bool = True  # random changes of the training images, as the data set says
-    seed: int = 0  # order and augmentation of the images, and all other randomness
-
-
-@dataclass
-class Args(Method, Training, data.PoolArgs, data.TaskArgs, runs.RunArgs):
+class Args(Method, infomax.Training, data.PoolArgs, data.TaskArgs, runs.RunArgs):
     """All flags."""
-
-
-def discounted_cross_entropy(logits, labels, seen, alpha):
-    """Cross-entropy of logits [N, C] in whose softmax classes outside seen, bool [C], count alpha times.
-    FedRS (KDD 2021), as in masked_ft, scales their logits instead."""
-    return F.cross_entropy(logits + torch.where(seen, 1.0, alpha).log(), labels)
-
-
-def uncertainty(logits):
-    """Mean entropy of the predictions of logits [N, C], in nats: 0 where each is certain."""
-    return -(logits.softmax(1) * logits.log_softmax(1)).sum(1).mean()
-
-
-def imbalance(mean, prior):
-    """KL(mean || prior) of two distributions over classes, [C], in nats: 0 where they are equal."""
-    return (mean * (mean.clamp_min(1e-8) / prior.clamp_min(1e-4)).log()).sum()
-
-
-def running_mean(now, before, memory):
-    """memory * before + (1 - memory) * now, with the gradient of now, undiminished."""
-    mean = memory * before + (1 - memory) * now.detach()
-    return mean + now - now.detach()
 
 
 def confident(logits, mean, threshold):
