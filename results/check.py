@@ -1,11 +1,11 @@
 """Are the printed figures those of the runs?
 
-    python results/check.py runs             # compares; exit code 1 where something differs
-    python results/check.py runs --write     # puts the runs' tables in place of the printed ones
+    python results/check.py runs seen2 pools            # compares; exit code 1 where something differs
+    python results/check.py runs seen2 pools --write    # puts the runs' tables in place of the printed ones
 
-Compared are README.md and results/README.md: each table with a row per method, by `benchmark.py report`'s own rows, and
-each figure with a decimal in the text of the parts about such tables; table.csv; and the result that a script's header
-names. A table of tasks or methods that the runs do not have is named as not compared.
+Compared are, in README.md and results/README.md, each table with a row per method, by `benchmark.py report`'s own rows;
+what the first command prints; and each figure with a decimal in the text of the parts about such tables. So are
+table.csv and the result that a script's header names. A table of tasks or methods that the runs do not have is named.
 """
 
 import re
@@ -17,14 +17,15 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import benchmark
-from eval import table
+from eval import read_run, table
 from files import InputError, write_text
+from runs import result_table
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "results/README.md")
 PARTS = ("# Holistic transfer", "## Over tasks", "## By task", "## Which method")  # whose text is about the tables
-REFERENCES = ("naive_ft", "masked_ft", "ht_distill")  # of the differences that the pages name
-MIXED = "overall where 10 and 90 % of the test images are of seen classes"
+REFERENCES = ("naive_ft", "masked_ft", "ht_distill", "infomax")  # of the differences that the pages name
+FIRST = "digits/mnist-optdigits/ht_distill/split0-seed0"  # the run that README's first command makes
 FIGURE = re.compile(r"-?\d+\.\d( ± \d+\.\d)?(?![\d.])")
 
 
@@ -33,41 +34,40 @@ class Check:
     """Compare the printed figures with those of runs."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs"),)
-    """folders with finished runs: the grid's, then those of tasks that stand apart"""
+    """folders with finished runs: the grid's, then those of other tasks, or of other methods on the grid's tasks; the
+    titles of these methods' tables end in the folder's name"""
     write: bool = False
     """put the runs' tables in place of the printed ones; text stays as it is, and is compared"""
 
 
-def measure(tasks):
-    """({(title, reference): rows as benchmark.py report prints them}, the texts of all figures). The title "" is of the
-    table over tasks."""
+def measure(tasks, name=""):
+    """{(title, reference): rows as benchmark.py report prints them}. A title is a task, or "over tasks" for what was
+    closed; it ends in name."""
     tables = {}
     for reference in REFERENCES:
         rows = benchmark.rows_of(tasks, reference)
-        tables["", reference] = benchmark.over_tasks(rows, benchmark.Report.tuned_on)
+        tables["over tasks" + name, reference] = texts(benchmark.over_tasks(rows, benchmark.Report.tuned_on))
         for task in tasks:
-            tables[task, reference] = [row for row in rows if row["task"] == task]
-    texts = {}
-    for name, rows in tables.items():
-        cells = [benchmark.rounded(row) for row in rows]
-        texts[name] = [{short(column): cell for column, cell in row.items()} for row in cells]
-    figures = {cell.lstrip("+") for rows in texts.values() for row in rows for cell in row.values()}
-    texts[MIXED, REFERENCES[0]] = mixed(tables, tasks)
-    return texts, figures | {figure.partition(" ± ")[0] for figure in figures}
+            tables[task + name, reference] = texts([row for row in rows if row["task"] == task])
+    return tables
 
 
-def mixed(tables, tasks):
-    """A row per method: what overall accuracy would be, were 10 or 90 % of the test images of seen classes."""
+def overall(tasks):
+    """A row per method: its accuracy on each task, and what that would be with 10 or 90 % of images of seen classes."""
     lines = {}
-    for task in tasks:
-        for row in tables[task, REFERENCES[0]]:
-            line = lines.setdefault(row["method"], {"method": row["method"]})
-            for percent in (10, 90):
-                cell = "-"
-                if None not in (row["seen"], row["unseen"]):
-                    cell = f"{(percent * row['seen'] + (100 - percent) * row['unseen']) / 100:.1f}"
-                line[f"{short(task)}, {percent} %"] = cell
+    for row in benchmark.rows_of(tasks, REFERENCES[0]):
+        line = lines.setdefault(row["method"], {"method": row["method"]})
+        line[row["task"].partition(" ")[2]] = benchmark.rounded(row)["overall"]
+        for percent in (10, 90):
+            if None not in (row["seen"], row["unseen"]):
+                mean = (percent * row["seen"] + (100 - percent) * row["unseen"]) / 100
+                line[f"{short(row['task'])}, {percent} %"] = f"{mean:.1f}"
     return [*lines.values()]
+
+
+def texts(rows):
+    """Rows with what a table prints."""
+    return [{short(column): cell for column, cell in benchmark.rounded(row).items()} for row in rows]
 
 
 def short(column):
@@ -76,15 +76,18 @@ def short(column):
 
 
 def printed_tables(text):
-    """(title, text, columns, methods) of every table of methods; the title is a line in bold above it, or ""."""
+    """(title, text, columns, methods) of every table of methods, and of what a run prints. The title is a line in bold
+    above it; without one it is "over tasks"."""
     for match in re.finditer(r"(?:\*\*([^\n]+?)\*?\*\*\n\n)?((?:^\|[^\n]*\|\n)+)", text, re.MULTILINE):
         header, _, *rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in match[2].splitlines()]
-        if header[0] == "method":
-            yield match[1] or "", match[2], header, [row[0] for row in rows]
+        if header[0] in ("method", "model"):
+            yield match[1] or "over tasks", match[2], header, [row[0] for row in rows]
 
 
 def expected(tables, title, columns, methods):
     """The table of these columns and methods as the runs give it, or None where they have not all of them."""
+    if columns[0] == "model":
+        return tables.get("first")
     reference = next((name[3:].replace(" ", "_") for name in columns if name.startswith("vs ")), REFERENCES[0])
     own = [row for row in tables.get((title, reference), ()) if row["method"] in methods]
     if len(own) < len(methods) or not all(name in row for row in own for name in columns):
@@ -141,11 +144,19 @@ if __name__ == "__main__":
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    tables, figures = measure(folders[0])
-    for apart in folders[1:]:
-        more, others = measure(apart)
-        tables, figures = {**more, **tables}, figures | others
-    whole, path = table(benchmark.rows_of(folders[0], REFERENCES[0]), "csv") + "\n", ROOT / "results" / "table.csv"
+    grid, *rest = folders
+    tables, all_tasks = measure(grid), dict(grid)
+    for folder, tasks in zip(options.runs[1:], rest, strict=True):
+        shared = any(task in grid for task in tasks)
+        tasks = {task: all_tasks.get(task, {}) | methods for task, methods in tasks.items()}
+        tables = measure(tasks, f", {folder.name}" if shared else "") | tables
+        all_tasks |= tasks
+    tables["overall", REFERENCES[0]] = overall(all_tasks)
+    figures = {cell.lstrip("+") for rows in tables.values() for row in rows for cell in row.values()}
+    figures |= {figure.partition(" ± ")[0] for figure in figures}
+    if (options.runs[0] / FIRST).exists():
+        tables["first"] = result_table(read_run(options.runs[0] / FIRST)) + "\n"
+    whole, path = table(benchmark.rows_of(grid, REFERENCES[0]), "csv") + "\n", ROOT / "results" / "table.csv"
     if options.write:
         write_text(path, whole)
     differ = [] if path.read_text() == whole else ["results/table.csv: other figures"]

@@ -8,6 +8,9 @@ import pytest
 from conftest import ROOT
 from test_benchmark import fake_run
 
+from eval import read_run
+from runs import result_table
+
 PAGE = """# Holistic transfer
 
 | method | mnist to optdigits* | mean | worst |
@@ -33,7 +36,7 @@ RESULTS = """## By task
 | source model | 1 | 1 | 1 | 1 |
 | masked_ft | 1 | 1 | 1 | 1 |
 
-**overall where 10 and 90 % of the test images are of seen classes**
+**overall**
 
 | method | mnist to optdigits, 10 % | mnist to optdigits, 90 % |
 | --- | --- | --- |
@@ -92,6 +95,27 @@ def test_what_differs_is_named_and_tables_are_put_right(check, tmp_path):
     (tmp_path / "README.md").write_text(page.replace("10.0 ± 0.0 above", "20.0 ± 0.0 above"))
     code, printed = check()
     assert code == 0 and printed.splitlines()[-1] == "0 differences"
+
+
+def test_other_folders_and_what_a_run_prints(check, tmp_path):
+    """Methods on the grid's tasks are titled by their folder, other tasks are columns beside the grid's."""
+    task = {"dataset": "digits", "source": "mnist", "target": "optdigits"}
+    first = fake_run(tmp_path / "runs/digits/mnist-optdigits", "ht_distill", 0, 90, seen_classes="5", **task)
+    fake_run(tmp_path / "pools", "infomax_tail", 0, 70, seen_classes="5", **task)
+    fake_run(tmp_path / "seen2", "masked_ft", 0, 40, seen_classes="2", **task)
+    (tmp_path / "results" / "README.md").write_text(
+        "**digits mnist to optdigits, 5 seen, pools**\n\n| method | overall |\n|-|-|\n"
+        "| infomax_tail | 1 |\n| ht_distill | 1 |\n\n"
+        "**overall**\n\n| method | mnist to optdigits, 2 seen | mnist to optdigits, 5 seen |\n|-|-|-|\n"
+        "| masked_ft | 1 | 1 |\n\n"
+        "| model | overall |\n|-|-|\n| result | 1 |\n"
+    )
+    printed = check(str(tmp_path / "pools"), str(tmp_path / "seen2"), "--write")[1]
+    page = (tmp_path / "results" / "README.md").read_text()
+    assert "| infomax_tail |    70.0 |" in page and "| ht_distill   |    90.0 |" in page
+    assert "| masked_ft |                       40.0 |                 80.0 ± 0.0 |" in page
+    assert result_table(read_run(first)) in page and "not compared" not in printed
+    assert "| infomax_tail" not in (tmp_path / "results" / "table.csv").read_text(), "table.csv is the grid's"
 
 
 def test_one_digit_is_enough(check, tmp_path):
