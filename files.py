@@ -118,11 +118,19 @@ def read_json(path):
     return content
 
 
+def make_folder(path):
+    """Make a folder and those above it, where they are not there. Raises InputError where that cannot be done."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: no folder can be made there ({error.strerror})") from error
+
+
 def take_lock(path, owned, wait=False):
     """Lock the file `path`, or return None where another process has the lock and wait is False. The system frees the
     lock when the process ends, however it ends. What an owner that died left half written of the files `owned`, a
     pattern, is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     lock = filelock.FileLock(path)
     try:
         lock.acquire(timeout=-1 if wait else 0)
@@ -228,8 +236,9 @@ class Checkpoint:
     def due(self):
         return self.stop.signal or time.perf_counter() - self.saved >= 60 * self.stop.minutes
 
-    def check_finite(self, losses, steps, lr, backbone_lr):
-        """Raises InputError if a weight, or one of the losses (floats of the steps up to `steps`), is not finite."""
+    def check_finite(self, losses, steps, advice):
+        """Raises InputError, with the advice, if a weight, or one of the losses (floats of the steps up to `steps`), is
+        not finite."""
         bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
         tensors = [*self.parts["model"].state_dict().values()]
         tensors += [value for state in self.parts["optimizer"].state.values() for value in state.values()]
@@ -238,10 +247,7 @@ class Checkpoint:
             return
         step = steps if bad is None else steps - len(losses) + bad + 1
         what = "a weight" if bad is None else f"the loss, {losses[bad]},"
-        raise InputError(
-            f"step {step}: {what} is not finite, with --lr {lr} and --backbone-lr {backbone_lr}: "
-            "try lower ones, a smaller --clip-grad or --amp off"
-        )
+        raise InputError(f"step {step}: {what} is not finite, with {advice}")
 
     def save(self, **more):
         """Write all parts, the random states and `more`. Ends the program if a signal has asked for it."""

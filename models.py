@@ -298,13 +298,15 @@ def train_source(model, task, seed, checkpoint, steps, batch_size, lr, backbone_
         scheduler.step()
         losses.append(loss.detach())
         if checkpoint.due() or step == steps - 1:
-            checkpoint.check_finite(torch.stack(losses).tolist(), step + 1, lr, backbone_lr)
+            advice = f"--source-lr {lr} and --source-backbone-lr {backbone_lr}: try lower ones or --amp off"
+            checkpoint.check_finite(torch.stack(losses).tolist(), step + 1, advice)
             checkpoint.save(steps=step + 1)
             losses = []
     checkpoint.stop.release()
     torch.set_num_threads(threads)
-    correct = predict(model, task.source_test.images).argmax(1) == task.source_test.labels.numpy()
-    print(f"source model: {100 * correct.mean():.2f} % on {len(correct)} test images of {task.source}")
+    if len(task.source_test.labels):
+        correct = predict(model, task.source_test.images).argmax(1) == task.source_test.labels.numpy()
+        print(f"source model: {100 * correct.mean():.2f} % on {len(correct)} test images of {task.source}")
 
 
 def source_key(task, arch, weights, seed, device, amp):

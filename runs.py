@@ -98,9 +98,10 @@ LIMITS |= {"test_share": (0, 0.9), "checkpoint_every": (0, data.MOST), "clip_gra
 
 
 def fingerprint(model, task):
-    """A digest of the weights and of the target's labels and seen classes, for what args.json names by a path only."""
-    digest = hashlib.sha256()
-    for tensor in (*model.state_dict().values(), task.seen, task.target_train.labels, task.target_test.labels):
+    """A digest of the weights, the target's labels and seen classes, and of how many unlabelled images there are: for
+    what args.json names by a path only."""
+    digest, splits = hashlib.sha256(), (task.target_train, task.target_test, task.target_unlabelled)
+    for tensor in (*model.state_dict().values(), task.seen, *(split.labels for split in splits if split)):
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
@@ -335,7 +336,9 @@ class Run:
         for name, values in self.pending.items():
             self.values.setdefault(name, []).extend(torch.stack(values).tolist())  # waits for the device
         self.pending, now = {}, time.perf_counter()
-        self.checkpoint.check_finite(self.values.get("loss", []), self.steps, self.args.lr, self.args.backbone_lr)
+        rates = f"--lr {self.args.lr} and --backbone-lr {self.args.backbone_lr}"
+        advice = f"{rates}: try lower ones, a smaller --clip-grad or --amp off"
+        self.checkpoint.check_finite(self.values.get("loss", []), self.steps, advice)
         times = {"seconds": now - self.started, "seconds_since_evaluation": now - self.clock}
         self.checkpoint.save(**times, **{name: getattr(self, name) for name in PROGRESS})
         return now
@@ -377,7 +380,7 @@ class Run:
     def calibrate(self, model):
         """Add the bias of --calibrate to the head's; returns it. No checkpoint has it: a killed run adds it once."""
         gamma, train = self.args.calibrate, self.task.target_train
-        if gamma is None or not hasattr(model, "head"):  # two models' logits have no head in common
+        if gamma is None:
             return None
         if gamma == "alg":
             train_logits = predict(model, train.images)
@@ -397,7 +400,7 @@ class Run:
         arrays |= {f"source_{part}_logits": self.source[part].numpy() for part in ("test", "train")}
         arrays |= {"seen": self.task.seen.numpy(), "classes": np.array(self.task.classes)}
         files.write_atomic(self.folder / "logits.npz", lambda stream: np.savez(stream, **arrays))
-        if self.args.save_model:
+        if self.args.save_model and hasattr(model, "head"):  # not of two models whose logits are averaged
             _, channels, _, side = test.images.shape
             content = {"model": model.state_dict(), "classes": self.task.classes, "seen": self.task.seen.tolist()}
             content |= {"arch": self.args.arch, "image_size": side, "channels": channels}

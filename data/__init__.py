@@ -116,7 +116,7 @@ def choose_seen(seen_classes, classes, present, split_seed, paper=None):
     else:
         if seen_classes == "paper" and paper is None:
             raise InputError(f"{flag}: no such list is published for this data set and source")
-        if seen_classes != "paper" and not Path(seen_classes).is_file():
+        if seen_classes != "paper" and not os.path.isfile(seen_classes):
             raise InputError(f"{flag}: neither a number nor a file with one class name per line, nor data or paper")
         text = paper.split() if seen_classes == "paper" else Path(seen_classes).read_text(errors="replace").splitlines()
         names = {line.strip() for line in text if line.strip()}
@@ -218,7 +218,7 @@ def load_domain(domain, args, more=()):
         return None, None
     found = Domain(*found)
     if isinstance(found.images, list):
-        size = args.image_size or entry["recipe"]["image_size"]
+        size = entry["recipe"]["image_size"] if args.image_size is None else args.image_size
         name, caches = f"{args.dataset}-{domain}", cache_folders(args, root)
         fit = "crop" if (args.arch or entry["recipe"]["arch"]).startswith("clip:") else "squash"
         images, good = open_images(name, root, [*found.images, *more], size, caches, args.skip_bad_images, fit)
@@ -287,7 +287,7 @@ def load_task(args, pool=False):
     recipes = recipes_of(args, entry, len(labelled), splits[0] and len(splits[0].labels))  # an oracle trains as long
     task = Task(args.dataset, source, target, classes, seen, *splits, *recipes, seen_classes)
     if pool:
-        order = np.concatenate([used, np.setdiff1d(train, used)])
+        order = used if args.unlabelled else np.concatenate([used, np.setdiff1d(train, used)])
         task.target_unlabelled = without_labels(make_split(here, order, augmentation), others)
     return task if args.pseudo_split is None else pseudo_task(task, args.split_seed, args.pseudo_split)
 

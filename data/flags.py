@@ -73,7 +73,7 @@ class TaskArgs:
 @dataclass
 class PoolArgs:
     # no docstring: --help would print it
-    unlabelled: default(str, "the target's training images, any class", "FOLDER") = None  # unlabelled images instead
+    unlabelled: default(str, "the target's training images, any class", "FOLDER") = None  # besides the labelled ones
 
 
 def known_classes(args):

@@ -112,7 +112,7 @@ With --source-checkpoint FILE the target is enough: the classes are those that t
 
 def domains(root):
     """The folders of root that hold folders."""
-    found = [name for name in folders(need(root, ABOUT)) if folders(root / name)]
+    found = [name for name in folders(root) if folders(root / name)] if need(root, ABOUT).is_dir() else []
     if not found:
         raise InputError(f"{root}: no folder with class folders in it\n\n{ABOUT.strip()}")
     return tuple(found)

@@ -1,7 +1,7 @@
 """Unlabelled images of the target: another setting, for a script that asks load_task for them.
 
-These are the target's training images of every class, and those in ROOT/TARGET/unlabelled of `--dataset folder`; or
-with --unlabelled FOLDER those in that folder. Either way the labelled images are among them, without their labels.
+These are the target's training images of every class, and those in ROOT/TARGET/unlabelled of `--dataset folder`. With
+--unlabelled FOLDER they are the labelled images and those in that folder. All come without their labels.
 """
 
 from pathlib import Path
@@ -25,8 +25,8 @@ def image_files(unlabelled, target_folder):
     if unlabelled is None and not folder.is_dir():
         return []
     found = [name for name in entries(folder) if name.lower().endswith(EXTENSIONS)] if folder.is_dir() else []
-    if not found:
-        raise InputError(f"--unlabelled {folder}: no image in it ({', '.join(EXTENSIONS)})")
+    if unlabelled and not found:
+        raise InputError(f"--unlabelled {folder}: no image directly in it ({', '.join(EXTENSIONS)})")
     return [str(folder.resolve() / name) for name in found]
 
 
@@ -66,12 +66,17 @@ def read_shares(path, classes, flag):
     if not Path(path).is_file():
         raise InputError(f"{flag} {path}: not there; must have a line CLASS NUMBER for each class")
     shares = {}
-    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+    for number, line in enumerate(Path(path).read_text(errors="replace").splitlines(), 1):
         name, _, value = line.strip().rpartition(" ")
+        if not line.strip():
+            continue
         try:
-            shares[name.strip()] = float(value)
+            value = float(value)
         except ValueError:
             raise InputError(f"{path}, line {number}: {line!r} is not CLASS NUMBER") from None
+        if name.strip() in shares:
+            raise InputError(f"{path}, line {number}: a second number for {name.strip()}")
+        shares[name.strip()] = value
     if set(shares) != set(classes) or not 0 < sum(shares.values()) < float("inf") or min(shares.values()) < 0:
         wrong = sorted(set(shares) ^ set(classes))
         raise InputError(f"{path}: needs a number, 0 or more, for each class once{': see ' * bool(wrong)}{wrong[:5]}")

@@ -6,7 +6,7 @@ re-estimates their mean and variance on the target images, without a gradient (A
 Baselines of holistic transfer (NeurIPS 2023, arXiv 2311.01420). Differs from AdaBN: the statistics are the mean over
 the last epoch's batches, with stats of images of the seen classes alone, augmented unless --no-augment says so.
 
-    python methods/bn_adapt.py    # overall 87.2 ± 2.0, unseen 77.5 on mnist to optdigits, see README
+    python methods/bn_adapt.py    # overall 87.2 ± 2.0, unseen 77.5 on mnist to optdigits, see results/
 """
 
 import copy
@@ -60,10 +60,8 @@ if __name__ == "__main__":
         args = run.open(task)
         models.tune_process()
         device, amp = models.choose_device(args.device, args.amp, args.arch)
-        batches = task.target_train.batches(args.batch_size, device, args.seed, args.augment, args.resident)
-        if args.mode == "pool":
-            size = min(args.batch_size, len(task.target_unlabelled.labels))
-            batches = task.target_unlabelled.batches(size, device, args.seed, args.augment, args.resident)
+        split = task.target_unlabelled if args.mode == "pool" else task.target_train
+        batches = split.batches(args.batch_size, device, args.seed, args.augment, args.resident)
         start = args.weights, args.source_checkpoint, args.source_seed
         source_model = models.source_model(task, args.arch, device, amp, *start, args.runs_dir, run.stop)
         torch.manual_seed(args.seed)

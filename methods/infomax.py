@@ -7,7 +7,7 @@ Differs from SHOT: labels hold the seen classes, and no pseudo-labels are made; 
 mean, as a step may have fewer images than there are classes. In the cross-entropy unseen classes count --alpha times:
 with 0 nothing keeps seen images out of them, with 1 they sink faster than the pool can lift them.
 
-    python methods/infomax.py    # overall 97.9 ± 0.8, unseen 96.2 on mnist to optdigits, see README
+    python methods/infomax.py    # overall 97.9 ± 0.8, unseen 96.2 on mnist to optdigits, see results/
 """
 
 import copy
@@ -81,6 +81,8 @@ if __name__ == "__main__":
             data.check_flag(flag, getattr(args, flag), 0, most)
         task = data.load_task(args, pool=True)
         prior = None if args.prior in ("uniform", "source") else data.read_shares(args.prior, task.classes, "--prior")
+        if prior is not None and Path(args.prior).is_file():  # it may come to hold others
+            args.prior = ",".join(f"{share:.4g}" for share in prior.tolist())
         args = run.open(task)
         models.tune_process()
         device, amp = models.choose_device(args.device, args.amp, args.arch)

@@ -6,7 +6,7 @@
 logits instead. Differs from the paper: BatchNorm statistics are averaged like weights, or re-estimated on the target
 images with --reestimate-bn.
 
-    python methods/wise_ft.py    # overall 83.1 ± 3.7, unseen 67.3 on mnist to optdigits, see README
+    python methods/wise_ft.py    # overall 83.1 ± 3.7, unseen 67.3 on mnist to optdigits, see results/
 """
 
 import copy
@@ -23,11 +23,12 @@ import data
 import models
 import runs
 from eval import accuracies, number
+from files import InputError
 
 
 @dataclass
 class Method:
-    mode: Literal["weights", "logits"] = "weights"  # what is averaged
+    mode: Literal["weights", "logits"] = "weights"  # what is averaged; of logits, no model.pt is kept
     mixing: float = 0.5  # share of the fine-tuned model in the result
     reestimate_bn: bool = False  # re-estimate BatchNorm's statistics of averaged weights on the target
 
@@ -93,6 +94,8 @@ if __name__ == "__main__":
     args = runs.parse(Args)
     with runs.Run(__file__, args) as run:
         data.check_flag("mixing", args.mixing, 0, 1)
+        if args.calibrate is not None and args.mode == "logits":
+            raise InputError(f"--calibrate {args.calibrate}: --mode logits has no head for a bias; leave it out")
         task = data.load_task(args)
         args = run.open(task)
         models.tune_process()

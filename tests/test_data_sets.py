@@ -246,6 +246,15 @@ def test_folder_with_a_split_of_ones_own(tmp_path):
     assert counts(task) == (4, 3, 6)
 
 
+def test_folder_that_is_no_folder_or_a_size_that_is_none(tmp_path):
+    for domain in "ab":
+        replicas.tree(tmp_path / domain, ["x", "y"], 5)
+    with pytest.raises(InputError, match="--image-size 0: choose 8 to 4096"):
+        load_task("folder", "a", "b", "1", data_root=tmp_path, image_size=0)
+    with pytest.raises(InputError, match="no folder with class folders in it"):
+        load_task("folder", "a", "b", data_root=next((tmp_path / "a" / "x").iterdir()))
+
+
 def test_folder_with_a_class_that_the_source_does_not_know(tmp_path):
     replicas.tree(tmp_path / "a", ["x", "y"], 5)
     replicas.tree(tmp_path / "b", ["ufo", "x", "y"], 5)

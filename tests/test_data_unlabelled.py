@@ -105,6 +105,21 @@ def test_folders_of_unlabelled_images(folders):
     assert np.bincount(own.target_train.labels, minlength=3).tolist() == [7, 7, 0]
 
 
+def test_a_heap_takes_the_place_of_images_of_unseen_classes(folders):
+    """Without one the training images of every class are the pool; with one, those of unseen classes stay out of it."""
+    own, heap = (load_folders(folders, where, seen_classes="1") for where in (None, str(folders / "heap")))
+    assert len(own.target_train.labels) == 7 and len(own.target_unlabelled.labels) == 7 + 7 + 5
+    assert len(heap.target_unlabelled.labels) == 7 + 5
+    assert pixels(heap.target_unlabelled)[:7] == pixels(heap.target_train)
+    assert not set(pixels(heap.target_unlabelled)[7:]) & set(pixels(own.target_unlabelled))
+
+
+def test_an_empty_heap_that_nobody_asked_for_is_none(folders):
+    for file in (folders / "b" / "unlabelled").iterdir():
+        file.unlink()
+    assert len(load_folders(folders).target_unlabelled.labels) == 14
+
+
 def test_a_bad_image_of_the_heap_is_named_or_left_out(folders):
     (folders / "heap" / "broken.jpg").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"broken\.jpg"):
@@ -116,7 +131,7 @@ def test_a_bad_image_of_the_heap_is_named_or_left_out(folders):
 def test_a_heap_that_cannot_be(folders, tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("empty", "absent"):
-        with pytest.raises(InputError, match=rf"--unlabelled .*{name}: no image in it"):
+        with pytest.raises(InputError, match=rf"--unlabelled .*{name}: no image directly in it"):
             load_folders(folders, str(tmp_path / name))
     with pytest.raises(InputError, match="--unlabelled: digits is not of image files"):
         data.load_task(Args(unlabelled=str(folders / "heap")), pool=True)

@@ -108,11 +108,15 @@ def test_labels_of_the_pool_are_never_read(run_method, read, monkeypatch):
     assert all(np.array_equal(right, wrong) for right, wrong in zip(arrays[:2], arrays[2:], strict=True))
 
 
-def test_a_prior_from_a_file(run_method, tmp_path):
+def test_a_prior_from_a_file(run_method, tmp_path, capsys):
     path = tmp_path / "shares.txt"
     path.write_text("".join(f"{digit} {digit + 1}\n" for digit in range(10)))
     names = run_method("infomax", "--prior", str(path), "--name", "infomax_prior")[0]
     assert names["prior"].tolist() == pytest.approx([(digit + 1) / 55 for digit in range(10)])
+    path.write_text("".join(f"{digit} 1\n" for digit in range(10)))
+    with pytest.raises(SystemExit) as stop:  # the finished run was of other shares
+        run_method("infomax", "--prior", str(path), "--name", "infomax_prior")
+    assert stop.value.code == 2 and "holds a run with prior" in capsys.readouterr().err
     names = run_method("infomax", "--prior", "source", "--name", "infomax_source")[0]
     logits = names["models"].predict(names["source_model"], names["task"].target_unlabelled.images)
     assert names["prior"].tolist() == pytest.approx(torch.from_numpy(logits).softmax(1).mean(0).tolist())
@@ -125,10 +129,14 @@ def test_wrong_shares_are_named(tmp_path):
         ("a 1\n", r"\['b'\]"),
         ("a 1\nb -1\n", "0 or more"),
         ("a 0\nb 0", "or"),
+        ("a 1\na 3\nb 1\n", "line 2: a second number for a"),
+        ("\xe4 1\nb 1\n", "needs a number"),
     ):
-        path.write_text(text)
+        path.write_bytes(text.encode("latin-1"))
         with pytest.raises(InputError, match=match):
             data.read_shares(path, ["a", "b"], "--prior")
+    path.write_text("a 1\n\nb 3\n\n")
+    assert data.read_shares(path, ["a", "b"], "--prior").tolist() == [0.25, 0.75], "empty lines are no lines"
 
 
 def test_a_run_says_that_it_is_another_setting(run_method, read, capsys):

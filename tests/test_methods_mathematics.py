@@ -391,6 +391,12 @@ def test_bn_adapt_changes_batchnorm_only(run_method, mode):
     assert changed == {f"{layer}.{part}" for layer in layers for part in parts}
 
 
+def test_a_batch_of_the_pool_may_exceed_the_labelled_images(run_method):
+    names = run_method("bn_adapt", "--mode", "pool", "--name", "large", "--batch-size", "220")[0]
+    assert len(names["task"].target_train.labels) < 220 <= len(names["task"].target_unlabelled.labels)
+    assert names["images"].shape[0] == 220
+
+
 @pytest.mark.parametrize("mode", ["stats", "pool"])
 def test_bn_stats_are_the_mean_over_the_batches(mode, run_method):
     names = run_method("bn_adapt", "--mode", mode, "--name", f"{mode}_mean")[0]
@@ -453,6 +459,7 @@ def test_wise_ft_ends_are_the_two_models(run_method, read, mode):
         assert [point["mixing"] for point in curve] == [i / 10 for i in range(11)]
         assert curve[0]["overall"] == log[0]["overall"] and curve[-1]["overall"] == log[-2]["overall"]
         assert log[-1]["overall"] == curve[round(10 * share)]["overall"]
+        assert (folder / "model.pt").exists() == (mode == "weights"), "two models are not one"
         if share == 0:
             np.testing.assert_allclose(arrays["test_logits"], arrays["source_test_logits"], atol=1e-5)
 

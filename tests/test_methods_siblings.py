@@ -18,6 +18,7 @@ LOSS = "loss = F.cross_entropy(model(images), labels)"
 STEPS = "for step in range(run.steps, epoch * args.steps_per_epoch):"
 RESUME = "run.resume(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)"
 LOAD = "task = data.load_task(args)"
+BATCHES = "batches = task.target_train.batches(args.batch_size, device, args.seed, args.augment, args.resident)"
 START, EVALUATE = "run.start(model)", "run.evaluate(epoch, model)"
 COUNT = "run.step(loss, images)"
 UPDATE = ["scaler.unscale_(optimizer)", "torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)"]
@@ -27,6 +28,7 @@ MAY_REPLACE = {
     "bn_adapt": [
         ARGS,
         LOAD,
+        BATCHES,
         LOSS,
         'layer.train(args.bn_mode == "train")',
         "optimizer.zero_grad()",

@@ -76,6 +76,31 @@ def test_predictions_are_as_good_as_the_run_says(adapted, photos, read, tmp_path
     assert "20 images" in out.stdout and "0 skipped" in out.stdout
 
 
+def test_wrong_words_are_named(adapted, photos, tmp_path):
+    folder = adapted()
+    (tmp_path / "file").write_text("in the way of a folder")
+    for words, match in (
+        (("--batch-size", "0"), "--batch-size 0: must be at least 1"),
+        (("--batch-size", "-1"), "--batch-size -1: must be at least 1"),
+        (("--out", tmp_path / "file" / "p.csv"), "file: no folder can be made there"),
+    ):
+        out = program(folder, photos / "b" / "test", *words, cwd=tmp_path)
+        assert out.returncode == 2 and match in out.stderr and "Traceback" not in out.stderr, out.stderr
+    assert not list(tmp_path.glob("*.csv"))
+
+
+def test_a_list_may_have_any_bytes(tmp_path):
+    (tmp_path / "list.txt").write_bytes(b"caf\xe9.jpg\n\nb.jpg\n")
+    assert predict.find_images([tmp_path / "list.txt"]) == ["caf\udce9.jpg", "b.jpg"]
+
+
+def test_export_leaves_the_model_as_it_is(adapted, tmp_path):
+    model = predict.load(adapted())
+    model.amp = torch.bfloat16
+    predict.export(model, "pt2", tmp_path / "model.pt2")
+    assert model.amp is torch.bfloat16
+
+
 def test_any_list_and_unreadable_images(adapted, photos, tmp_path):
     folder = adapted()
     good = sorted((photos / "b" / "test" / "cup").iterdir())

@@ -220,8 +220,16 @@ def test_a_source_training_that_diverges(run_method, tmp_path, monkeypatch, caps
     monkeypatch.setattr(task, "source_recipe", {**task.source_recipe, "lr": 1e9, "backbone_lr": 1e9})
     monkeypatch.setattr(data, "load_task", lambda args: task)
     stopped(lambda: run_method("naive_ft", runs=tmp_path), 2)
-    assert "is not finite, with --lr 1000000000.0" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "is not finite, with --source-lr 1000000000.0" in error and "clip-grad" not in error
     assert [path.suffix for path in tmp_path.rglob("*.*")] == [".lock"]
+
+
+def test_a_source_without_test_images_is_no_obstacle(run_method, tmp_path, monkeypatch):
+    task = data.load_task(data.TaskArgs("digits"))
+    monkeypatch.setattr(task, "source_test", task.source_test.take(np.arange(0)))
+    monkeypatch.setattr(data, "load_task", lambda args: task)
+    assert (run_method("naive_ft", runs=tmp_path)[1] / "done.json").exists()
 
 
 def test_out_of_memory_names_the_batch_size(run_method, monkeypatch, capsys):

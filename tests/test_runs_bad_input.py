@@ -246,6 +246,7 @@ def wrong():
     for value in ("nan", "pcv", ""):
         yield "naive_ft", ["--calibrate", value], "calibrate"
     yield "wise_ft", ["--name", ".."], "name"
+    yield "wise_ft", ["--mode", "logits", "--calibrate", "alg"], "calibrate"
     yield "naive_ft", ["--amp", "float64"], "amp"
     yield "naive_ft", ["--oracle", "yes"], "yes"
     yield "naive_ft", ["--lr"], "lr"
@@ -255,7 +256,8 @@ def wrong():
     yield "naive_ft", ["--source", "serif"], "source"
     yield "naive_ft", ["--dataset", "glyphs", "--target", "mnist"], "target"
     yield "naive_ft", ["--source", "optdigits", "--target", "optdigits"], "target"
-    for value in ("0", "-3", "10", "99999999999999999999", "²", "nowhere.txt", ".", "paper"):
+    names = ",".join("0123456789" * 20)  # longer than a file's name can be
+    for value in ("0", "-3", "10", "99999999999999999999", "²", "nowhere.txt", ".", "paper", names):
         yield "naive_ft", ["--seen-classes", value], "seen-classes"
     yield "naive_ft", ["--batch-size", "100000"], "batch-size"
     for value in ("-0.1", "1", "nan", "half"):
