@@ -8,7 +8,7 @@ conflicts with p, the gradient of P (g.p < 0: the step would raise P), its part 
 
 Differs from A-GEM: P, which is ours, needs no data of the source, and p holds a share of the last step's (--memory).
 
-    python methods/grad_proj.py    # overall 88.0 ± 2.7, unseen 76.7 on mnist to optdigits, see results/
+    python methods/grad_proj.py    # overall 87.2 ± 2.7, unseen 75.3 on mnist to optdigits, see results/
 """
 
 import copy

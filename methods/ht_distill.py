@@ -9,7 +9,7 @@ running means, and goes halfway to |S| / C. The paper (holistic transfer, NeurIP
 `relations` and `rank`, of the labelled images, and all of U may sink together: --share-weight 0 --relations-weight 1
 --rank-weight 0.1 (weights ours), with or without --freeze-head.
 
-    python methods/ht_distill.py    # overall 93.3 ± 1.4, unseen 88.0 on mnist to optdigits, see results/
+    python methods/ht_distill.py    # overall 92.8 ± 1.4, unseen 87.3 on mnist to optdigits, see results/
 """
 
 import copy

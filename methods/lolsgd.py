@@ -8,7 +8,7 @@ The paper's cross-entropy is over all C logits; --ce subset and --ce seen, maski
 M, tau and the left-out share. Momentum starts anew in each copy. The paper combines it with its distillation, rank and
 frozen head: --relations-weight 1 --rank-weight 0.1 --freeze-head, weights ours.
 
-    python methods/lolsgd.py    # overall 79.8 ± 2.9, unseen 61.2 on mnist to optdigits; --ce subset: 91.1 ± 1.9, 86.6
+    python methods/lolsgd.py    # overall 81.0 ± 3.1, unseen 63.4 on mnist to optdigits, see results/
 """
 
 import copy

@@ -6,7 +6,7 @@
 logits instead. Differs from the paper: BatchNorm statistics are averaged like weights, or re-estimated on the target
 images with --reestimate-bn.
 
-    python methods/wise_ft.py    # overall 83.1 ± 3.7, unseen 67.3 on mnist to optdigits, see results/
+    python methods/wise_ft.py    # overall 83.0 ± 3.7, unseen 67.3 on mnist to optdigits, see results/
 """
 
 import copy
