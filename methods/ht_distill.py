@@ -68,19 +68,16 @@ def relations(logits, source_logits, seen):
     return F.kl_div(z, source_z, reduction="batchmean", log_target=True)
 
 
-def seen_share(logits, seen):
-    """The probability of the seen classes, bool [C], as a whole: mean over images, from 0 to 1."""
-    return (logits.softmax(1) * seen).sum(1).mean()
+def share(logits, source_logits, seen, before, prior):
+    """KL of the seen classes' share to one halfway between the source model's and the prior, as each alone is biased.
 
-
-def share(now, before, prior):
-    """KL of the seen share to one halfway between the source model's and the prior, as each alone is biased.
-
-    now, before: the model's and the source model's share, [2], of this step and as running means; returns the new ones
+    seen: bool [C]. before: the model's and the source model's share so far, None at first; returns these running means,
     too. A step has few images, and to hold their mean would be to hold each of them.
     """
-    means = 0.9 * before + 0.1 * now.detach()
-    mean = means[0] + now[0] - now[0].detach()  # the running mean, with the gradient of this step's
+    now = [(z.softmax(1) * seen).sum(1).mean() for z in (logits, source_logits)]
+    fixed = [mean.detach() for mean in now]
+    means = [0.9 * old + 0.1 * new for old, new in zip(before or fixed, fixed, strict=True)]
+    mean = means[0] + now[0] - fixed[0]  # the running mean, with the gradient of this step's
     wanted = (means[1] + prior) / 2
     p, q = torch.stack([wanted, 1 - wanted]), torch.stack([mean, 1 - mean]).clamp(1e-6, 1)
     return F.kl_div(q.log(), p, reduction="sum"), means
@@ -139,7 +136,7 @@ if __name__ == "__main__":
                 layer.train(args.bn_mode == "train")
             for step in range(run.steps, epoch * args.steps_per_epoch):
                 images, labels = batches(step)
-                # no label speaks of images that are cut from two, as none does of unseen classes: a stand-in for them
+                # images that are cut from two have no label, like those of unseen classes, for which they stand in
                 cut = cut_mix(images[:cut_images], data.generator("cpu", args.seed, 3, step))
                 logits, features = model(torch.cat([images, cut]), return_features=True)
                 loss = F.cross_entropy(logits[: len(images)], labels)
@@ -149,9 +146,7 @@ if __name__ == "__main__":
                 logits = logits[-len(taught) :]
                 loss += args.relations_weight * relations(logits, source_logits, seen)
                 if args.share_weight:
-                    now = torch.stack([seen_share(logits, seen), seen_share(source_logits, seen)])
-                    before = local.setdefault("shares", [now.detach()])[0]
-                    divergence, local["shares"][0] = share(now, before, prior)
+                    divergence, local["shares"] = share(logits, source_logits, seen, local.get("shares"), prior)
                     loss += args.share_weight * divergence
                 if args.rank_weight:
                     loss += args.rank_weight * rank(features[: len(images)])
