@@ -15,6 +15,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from threading import Event
 from typing import Literal
@@ -135,7 +136,7 @@ def run_cells(waiting, jobs, bar):
     children, stopped, failures = [], Event(), []
 
     def run(command):
-        """The exit code of a run, and the last line that it wrote as an error."""
+        """The exit code of a run, and its error: from the last line on that begins so, or the last line."""
         words = [sys.executable, str(HERE / command[1]), *command[2:]]
         # In a session of its own: a signal to the whole group would be a second one, which ends a run unsaved.
         child = subprocess.Popen(words, env=environment, start_new_session=True, **output)
@@ -143,7 +144,9 @@ def run_cells(waiting, jobs, bar):
         if stopped.is_set():  # while it was starting
             child.terminate()
         _, errors = child.communicate()
-        return child.returncode, errors.strip().rpartition("\n")[2]
+        lines = errors.strip().splitlines()
+        first = max((i for i, line in enumerate(lines) if line.startswith("error: ")), default=-1)
+        return child.returncode, "\n".join(lines[first:])
 
     pool = ThreadPoolExecutor(jobs)
     try:
@@ -160,6 +163,8 @@ def run_cells(waiting, jobs, bar):
                 if code:
                     failures.append(f"{shlex.join(command)}\n    exit code {code}: {message}")
                     bar.write(failures[-1], sys.stderr)
+            if waiting:
+                stopped.wait(10)
     finally:  # after a signal: start nothing more, and what runs saves and ends
         stopped.set()
         for child in children:
@@ -231,6 +236,12 @@ def read(folder):
         raise InputError(str(error)) from error
 
 
+def how_many(seen_classes):
+    """The flag's value; of a list of names their number, and letters that tell one list from another."""
+    names = seen_classes.split(",")
+    return f"{len(names)} ({sha256(seen_classes.encode()).hexdigest()[:4]})" if len(names) > 1 else seen_classes
+
+
 def collect(folders, over_targets=False):
     """{task: {method: {(unit, target, split seed, source seed, seed): run}}} of all finished runs but pseudo splits.
 
@@ -246,9 +257,12 @@ def collect(folders, over_targets=False):
         if args.get("pseudo_split") is not None:
             continue
         method, target = args["method"], "all" if over_targets else args["target"]
-        task = f"{args['dataset']} {args['source']} to {target}, {args['seen_classes']} seen"
+        task = f"{args['dataset']} {args['source']} to {target}, {how_many(args['seen_classes'])} seen"
         setting = {name: value for name, value in args.items() if name not in not_compared}
-        if differ := differences(settings.setdefault((task, method), setting), setting):
+        first = settings.setdefault((task, method), setting | {"from_recipe": done.get("from_recipe", ())})
+        by_recipe = {*first["from_recipe"]} & {*done.get("from_recipe", ())}  # it follows a split's number of images
+        setting |= {name: first[name] for name in ("from_recipe", *by_recipe)}
+        if differ := differences(first, setting):
             raise InputError(f"{path.parent}: other {differ} than {method}'s other runs; use --name")
         run = read(path.parent)
         if run["classes"] != classes.setdefault(task, run["classes"]):
@@ -327,7 +341,8 @@ def rows_of(tasks, reference):
     rows = []
     for task, methods in tasks.items():
         baseline = values(methods.get(reference, {}), "overall")
-        oracle = next((methods[method] for method in sorted(methods) if method.endswith("-oracle")), {})
+        others = (methods[method] for method in sorted(methods) if method.endswith("-oracle"))
+        oracle = methods.get("naive_ft-oracle") or next(others, {})
         for method, runs in with_source(methods).items():
             columns = {name: values(runs, name) for name in SHOWN}
             columns |= {f"{kind}_overall": values(runs, kind) for kind in CALIBRATED}
@@ -409,6 +424,8 @@ def report(options):
     tasks = collect(options.runs, options.over_targets)
     rows = rows_of(tasks, options.reference)
     lines = over_tasks(rows, options.tuned_on) if options.over_tasks else rows
+    if not lines:
+        raise InputError("--over-tasks: oracles only; run a method besides")
     if options.format in ("csv", "json"):
         print(table(lines, options.format))
     elif options.over_tasks:
@@ -440,7 +457,7 @@ def draw_figures(task, methods, options):
     drawn = {method: {key: runs[key] for key in values(runs, "overall")} for method, runs in methods.items()}
     drawn = {method: runs for method, runs in drawn.items() if runs}
     if not drawn:
-        print(f"{task}: no figures, since no run has test images of seen and of unseen classes")
+        print(f"{task}: no figures, since no run has test images of seen and of unseen classes", file=sys.stderr)
         return
     rows = rows_of({task: drawn}, options.reference)
     draw(task, rows[::-1], {method: list(runs.values()) for method, runs in drawn.items()}, options.figures)
@@ -449,7 +466,7 @@ def draw_figures(task, methods, options):
 @dataclass
 class Choose:
     """Rank methods by pseudo splits of the labelled images, in which some of the seen classes play the unseen ones. No
-    image of a truly unseen class has a part in it; what is finished is skipped."""
+    label of a truly unseen class has a part in it; what is finished is skipped."""
 
     pair: str
     """dataset:source:target"""
@@ -498,7 +515,8 @@ def pseudo_run(name, number, options):
     dataset, source, target = options.pair.split(":")
     folder = f"split{options.split_seed}-seed{options.seed}"
     folder += f"-source{options.source_seed}" if options.source_seed else ""
-    return read(Path(options.runs_dir, dataset, f"{source}-{target}", name, f"{folder}-pseudo{number}"))
+    path = Path(options.runs_dir, dataset, f"{source}-{target}", name, f"{folder}-pseudo{number}")
+    return read(path) | {"pool": read_json(path / "done.json").get("unlabelled_images", 0)}
 
 
 def ranking(methods):
@@ -512,7 +530,8 @@ def ranking(methods):
     names = {"overall": "overall", "seen": "pseudo_seen", "unseen": "pseudo_unseen", f"vs_{first}": f"vs_{first}"}
     names |= {f"{name}_pm": f"{shown}_pm" for name, shown in names.items()}
     rows = rows_of({"pseudo splits": worst_to_best}, first)[::-1]
-    return [{"method": row["method"]} | {shown: row[name] for name, shown in names.items()} for row in rows]
+    names = {"method": "method", "pool": "pool", **names}
+    return [{shown: row[name] for name, shown in names.items()} for row in rows]
 
 
 def choose(options):

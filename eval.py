@@ -188,10 +188,12 @@ def best_gamma(logits, labels, seen):
 def pcv_gamma(splits):
     """PCV, pseudo cross-validation (arXiv 2409.16223): (gamma, its spread).
     splits: (logits, labels, seen) of the held-out training images of runs in which other seen classes play the unseen.
-    gamma is the best for all images together, the spread that of their own. The paper takes the mean of these, where
-    pseudo-unseen accuracy is not under the source model's: a condition that ours has not."""
+    gamma is the best for all images together, the spread that of their own; None where no split has images of both
+    groups. The paper takes the mean of these, where pseudo-unseen accuracy is not under the source model's."""
     points = [named(f"pseudo split {i}", flip_points, *split) for i, split in enumerate(splits)]
-    own = [best_bias(*point) for point in points]
+    own = [best_bias(*point) for point in points if 0 < point[1].sum() < len(point[1])]
+    if not own:
+        return None, None
     flips, is_seen, right = (np.concatenate(arrays) for arrays in zip(*points, strict=True))
     return best_bias(flips, is_seen, right), max(own) - min(own)
 
@@ -239,7 +241,7 @@ def read_flags(folder):
 
 def pseudo_splits(folder):
     """For pcv_gamma: every finished pseudo split of the run in `folder`, made by the run's own command and
-    --pseudo-split k. No image of a truly unseen class has a part in it. Raises ValueError if other flags made it."""
+    --pseudo-split k. No label of a truly unseen class has a part in it. Raises ValueError if other flags made it."""
     splits, flags = [], read_flags(folder)
     for path in sorted(folder.parent.glob(f"{folder.name}-pseudo*/done.json")):
         own = read_flags(path.parent)
@@ -269,7 +271,7 @@ def read_run(path):
         gammas["oracle_gamma"] = best_gamma(logits, labels, seen)
     for name, gamma in gammas.items():
         run[name] = None if gamma is None else {"gamma": gamma, **accuracies(logits, labels, seen, gamma)}
-    if splits:
+    if run["pcv"]:
         run["pcv"]["gamma_spread"] = spread
     return run
 
@@ -330,6 +332,8 @@ def main(runs: tuple[Path, ...], /, format: Literal["md", "csv", "json"] = "md",
     """
     try:
         results = [read_run(path) for run in runs for path in sorted(run.rglob("logits.npz")) or [run]]
+        if not results:
+            raise ValueError("name the folder of a run")
         for run in results[1:]:
             a, b = run["classes"], results[0]["classes"]
             if a != b:

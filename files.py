@@ -136,6 +136,8 @@ def take_lock(path, owned, wait=False):
         lock.acquire(timeout=-1 if wait else 0)
     except filelock.Timeout:
         return None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be made ({error.strerror})") from error
     for temporary in path.parent.glob(f".{owned}.tmp"):
         temporary.unlink(missing_ok=True)
     return lock

@@ -177,7 +177,7 @@ class Run:
 
     def __init__(self, script, args):
         self.args, self.started = args, time.perf_counter()
-        self.method = args.name or Path(script).stem + ("-oracle" if args.oracle else "")
+        self.method = (args.name or Path(script).stem) + "-oracle" * args.oracle
         self.stop, self.lock, self.writer = files.Stop(args.checkpoint_every), None, None
         self.bar = tqdm(disable=True)
         self.lines, self.epoch, self.steps, self.images = [], 1, 0, 0
@@ -225,6 +225,7 @@ class Run:
         known["batch_size"] = min(known["batch_size"], len(task.target_train.labels))
         blank = [name for name, value in vars(self.args).items() if value is None and name in known]
         args = self.args = dataclasses.replace(self.args, **{name: known[name] for name in blank})
+        self.from_recipe = sorted(set(blank) - {"source", "target", "seen_classes"})
         where = f"{args.dataset}/{args.source}-{args.target}/{self.method}/split{args.split_seed}-seed{args.seed}"
         where += f"-source{args.source_seed}" if args.source_seed else ""
         where += "" if args.pseudo_split is None else f"-pseudo{args.pseudo_split}"
@@ -408,7 +409,7 @@ class Run:
         final = accuracies(arrays["test_logits"], arrays["test_labels"], arrays["seen"])
         command = shlex.join(["python", f"methods/{Path(sys.argv[0]).name}", *sys.argv[1:]])
         done = {"source": self.source["figures"], "final": final, "args": self.record, "command": command}
-        done |= {"tested_on_training_images": test is train, "calibration": gamma}
+        done |= {"from_recipe": self.from_recipe, "tested_on_training_images": test is train, "calibration": gamma}
         done["unlabelled_images"] = len(self.task.target_unlabelled.labels) if self.task.target_unlabelled else 0
         done |= {"seconds": time.perf_counter() - self.started, "versions": versions(model)}
         files.write_text(self.folder / "done.json", json.dumps(done, indent=2))

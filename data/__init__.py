@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from files import InputError
+from files import InputError, take_lock
 
 from .augmentation import change_colours, crop_resize, generator, random_affine, random_photo
 from .batches import Batches, Split
@@ -212,7 +212,11 @@ def load_domain(domain, args, more=()):
         if "download" not in entry:
             about = entry.get("about", "It needs none.").strip()
             raise InputError(f"--download: not offered for {args.dataset}. {about}")
-        entry["download"](domain, root)
+        lock = take_lock(root / ".download.lock", "download", wait=True)  # of several runs one downloads
+        try:
+            entry["download"](domain, root)
+        finally:
+            lock.release()
     found = entry["load"](domain, root)
     if found is None:
         return None, None

@@ -17,8 +17,9 @@ def generator(device, *seed):
 def random_affine(images, rng, degrees=0.0, scale=0.0, shift=0.0, shear=0.0):
     """Every image gets its own random rotation, scale, shear and shift (torchvision gives a batch one and the same).
 
-    images [N, c, H, W] float; rotation in +-degrees; scale in 1 +- scale; shear in +-shear (a slope); shift in
-    +-shift of the image's side. What comes in from outside the image is 0. All drawn from `rng`, which is on the CPU.
+    images [N, c, H, W] float; rotation in +-degrees, its cosine and its sine each divided by a factor of 1 +- scale, so
+    that it scales and skews; shear in +-shear (a slope); shift in +-shift of the image's side. What comes in from
+    outside the image is 0. All drawn from `rng`, which is on the CPU.
     """
     u = torch.rand(6, len(images), generator=rng) * 2 - 1
     angle = u[0] * (degrees * torch.pi / 180)

@@ -1,5 +1,6 @@
 """Downloads that go on where they stopped, and archives that are unpacked whole or not at all."""
 
+import http.client
 import shutil
 import tarfile
 import urllib.error
@@ -9,7 +10,7 @@ import zlib
 
 from tqdm import tqdm
 
-from files import InputError
+from files import InputError, make_folder
 
 
 def fetch(url, path, md5=None):
@@ -20,7 +21,7 @@ def fetch(url, path, md5=None):
     """
     if path.exists():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     part = path.with_name(f"{path.name}.part")
     start = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
@@ -39,7 +40,7 @@ def fetch(url, path, md5=None):
         if error.code != 416:  # 416: the part is all there is
             raise InputError(f"--download: {url}: {error}; get it by hand and put it at {path}") from error
         total = int(error.headers.get("Content-Range", "*/-1").rpartition("/")[2])
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise InputError(
             f"--download: {url}: {error}; the same command goes on from what has come, or get it by hand: {path}"
         ) from error

@@ -151,7 +151,8 @@ def good_files(sums, report, name, root, skip_bad):
     if len(good) < len(sums) and not skip_bad:
         listed = textwrap.indent(report.read_text("utf-8"), "  ") if report.exists() else ""
         raise InputError(
-            f"{bad} of {name} below {root} cannot be read:\n{listed}mend or remove them, or pass --skip-bad-images"
+            f"{bad} of {name} below {root} cannot be read:\n{listed}mend or remove them, or pass --skip-bad-images; "
+            f"where they only could not be reached, delete {report.with_name(report.name[:-7] + 'npy')}"
         )
     if len(good) < len(sums):
         print(f"{name}: {bad} left out, listed in {report}")
@@ -198,19 +199,19 @@ def printable(text):
 def build(path, root, files, size, fit):
     """Decode all files into the cache file `path`. Of two builds at a time the second waits for the first."""
     lock_file = path.with_suffix(".lock")
+    kept = f"{path.parent}: the decoded images are kept in this folder, which cannot be written"
     try:
         lock = take_lock(lock_file, f"{glob.escape(path.stem)}.*", wait=True)
-        try:
-            if not path.exists():
-                decode_files(path, root, files, size, fit)
-                lock_file.unlink(missing_ok=True)
-        finally:
-            lock.release()
+    except InputError as error:
+        raise InputError(f"{kept} ({error}); pass another with --cache-dir") from error
+    try:
+        if not path.exists():
+            decode_files(path, root, files, size, fit)
+            lock_file.unlink(missing_ok=True)
     except OSError as error:
-        raise InputError(
-            f"{path.parent}: the decoded images are kept in this folder, which cannot be written ({error}); "
-            "pass another with --cache-dir"
-        ) from error
+        raise InputError(f"{kept} ({error}); pass another with --cache-dir") from error
+    finally:
+        lock.release()
 
 
 def decode_files(path, root, files, size, fit):

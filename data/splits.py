@@ -77,7 +77,7 @@ def pseudo_task(task, split_seed, number, left_out=0.4):
         train, test = split_by_class(labels, 0.7, rng)
     else:
         train, test = split_by_group(split.group, 0.7, rng)
-        seen &= np.isin(np.arange(len(seen)), labels[train])
+    seen &= np.isin(np.arange(len(seen)), labels[train])
     shown = train[seen[labels[train]]]
     if not len(shown):
         raise InputError(f"--pseudo-split {number}: no image is left to train on; take another --split-seed")

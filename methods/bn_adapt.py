@@ -54,6 +54,8 @@ if __name__ == "__main__":
     with runs.Run(__file__, args) as run:
         if args.compile and args.mode != "affine":  # a momentum of its own in every step: every step would compile anew
             raise InputError(f"--compile: --mode {args.mode} has no training step to compile; leave it out")
+        if args.bn_mode == "train" and args.mode != "affine":
+            raise InputError(f"--bn-mode train: --mode {args.mode} re-estimates the statistics anyway; leave it out")
         if args.unlabelled and args.mode != "pool":
             raise InputError(f"--unlabelled {args.unlabelled}: only --mode pool takes unlabelled images")
         task = data.load_task(args, pool=args.mode == "pool")

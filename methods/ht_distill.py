@@ -32,7 +32,7 @@ class Method:
     relations_weight: float = 0.3  # of the KL inside the unseen classes
     share_weight: float = 5.0  # of the KL of the groups' shares
     rank_weight: float = 0.0  # of the decorrelation of features
-    seen_prior: data.default(float, "|S| / C") = None  # share of target images expected to be of seen classes
+    seen_prior: data.default(float, "|S| / C") = None  # share of images expected to be of seen classes, for that KL
     freeze_head: bool = False  # keep the source model's head
 
 
@@ -78,7 +78,7 @@ def share(logits, source_logits, seen, before, prior):
     fixed = [mean.detach() for mean in now]
     means = [0.9 * old + 0.1 * new for old, new in zip(before or fixed, fixed, strict=True)]
     mean = means[0] + now[0] - fixed[0]  # the running mean, with the gradient of this step's
-    wanted = (means[1] + prior) / 2
+    wanted = ((means[1] + prior) / 2).clamp(0, 1)
     p, q = torch.stack([wanted, 1 - wanted]), torch.stack([mean, 1 - mean]).clamp(1e-6, 1)
     return F.kl_div(q.log(), p, reduction="sum"), means
 
@@ -91,9 +91,12 @@ def rank(features):
 
 
 def effective_rank(features):
-    """exp of the entropy of the centred features' [N, D] singular values (Roy and Vetterli, 2007): from 1 to D."""
+    """exp of the entropy of the centred features' [N, D] singular values (Roy and Vetterli, 2007): from 1 to D. None
+    where features are not finite, or all alike."""
     z = torch.as_tensor(features).double()
     z = z - z.mean(0)
+    if not z.isfinite().all() or not z.any():
+        return None
     values = torch.linalg.eigvalsh(z.T @ z).clamp_min(0).sqrt()
     return torch.special.entr(values / values.sum()).sum().exp().item()
 

@@ -35,7 +35,7 @@ class Training:
     batch_size: data.by_recipe(int, "batch_size") = None  # images per step
     lr: data.by_recipe(float, "lr") = None  # initial rate of the head, cosine to 0
     backbone_lr: data.by_recipe(float, "backbone_lr") = None  # initial rate of the backbone
-    weight_decay: float = 5e-4  # on every parameter that trains
+    weight_decay: float = 0.0  # on every parameter that trains, besides the pull
     clip_grad: data.by_recipe(float, "clip_grad") = None  # largest norm of the gradient
     bn_mode: Literal["eval", "train"] = "eval"  # BatchNorm: eval keeps the source's statistics
     augment: bool = True  # random changes of the training images, as the data set says
@@ -74,8 +74,6 @@ if __name__ == "__main__":
         rates += [{"params": model.head.parameters(), "lr": args.lr}]
         fused = True if device.type == "cuda" and amp is not torch.float16 else None  # float16 may skip the first step
         optimizer = torch.optim.SGD(rates, momentum=0.9, nesterov=True, weight_decay=args.weight_decay, fused=fused)
-        for group in optimizer.param_groups:
-            group["weight_decay"] = 0.0
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * args.steps_per_epoch)
         scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
 

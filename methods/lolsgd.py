@@ -57,7 +57,7 @@ class Args(Method, Training, data.TaskArgs, runs.RunArgs):
 
 
 def draw_classes(seen, left_out, rng):
-    """A random subset, bool [C], of the classes in seen without the share left_out of them; two at least remain."""
+    """A random subset, bool [C], of the classes in seen without the share left_out; two remain, if there are."""
     classes = torch.nonzero(seen).flatten()
     order = torch.randperm(len(classes), generator=rng)
     count = max(2, round(len(classes) * (1 - left_out)))
@@ -129,7 +129,8 @@ if __name__ == "__main__":
         weights = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
         seen = task.seen | args.oracle  # with images of all classes, none is unseen
         draws = [data.generator("cpu", args.seed, 4, m) for m in range(rounds * args.copies)]
-        subsets = torch.stack([draw_classes(seen, args.left_out, rng) for rng in draws])
+        shown = torch.bincount(task.target_train.labels, minlength=len(seen)) > 0  # an oracle's target may lack some
+        subsets = torch.stack([draw_classes(shown, args.left_out, rng) for rng in draws])
         compared = {"all": torch.ones_like(subsets), "seen": seen.expand_as(subsets), "subset": subsets}[args.ce]
         compared, seen = compared.to(device), seen.to(device)
         local = {}  # of the round under way: the weights at its start, and the movement of each copy

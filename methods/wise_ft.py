@@ -96,6 +96,8 @@ if __name__ == "__main__":
         data.check_flag("mixing", args.mixing, 0, 1)
         if args.calibrate is not None and args.mode == "logits":
             raise InputError(f"--calibrate {args.calibrate}: --mode logits has no head for a bias; leave it out")
+        if args.reestimate_bn and args.mode == "logits":
+            raise InputError("--reestimate-bn: --mode logits averages no weights; leave it out")
         task = data.load_task(args)
         args = run.open(task)
         models.tune_process()
@@ -141,6 +143,7 @@ if __name__ == "__main__":
                 reestimate(result, models.batchnorms(result), batches)
             return result
 
+        run.stop.release()
         curve = []
         for mixing in [i / 10 for i in range(11)]:
             logits = models.predict(mixed(mixing), task.target_test.images)

@@ -58,7 +58,8 @@ def complete(splits):
     for key, split in splits.items():
         task = key[1]
         fewest = min(len(pseudo) for pseudo, _ in split.values())
-        if split.keys() == methods[task] and fewest == max(counts[task]):
+        known = all(None not in pseudo for pseudo, _ in split.values())
+        if known and split.keys() == methods[task] and fewest == max(counts[task]):
             whole[key] = {method: (float(np.mean(pseudo)), true) for method, (pseudo, true) in split.items()}
     if not whole:
         raise InputError("no split has pseudo splits of every method, each beside its whole run")

@@ -20,7 +20,7 @@ COLOURS = (*colormaps["tab20"].colors[::2], *colormaps["tab20"].colors[1::2])  #
 
 def draw(task, rows, runs, folder):
     """Draw the figures as PNG and PDF."""
-    path = Path(folder) / "-".join(task.replace(",", "").split())
+    path = Path(folder) / "-".join(task.replace(",", "").replace("/", "_").split())
     styles = styles_of(rows, runs)
     save(dilemma(rows, styles), f"{path}-dilemma", f"{task}: mean and 95 % interval over splits", legend=False)
     title = f"{task}: any bias on the unseen logits (filled: none, open: ALG)"

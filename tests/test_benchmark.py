@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -243,6 +244,38 @@ def fake_run(folder, method, split_seed, overall, seed=0, pseudo=None, classes="
     return path
 
 
+def test_what_a_recipe_made_of_the_number_of_images_is_no_other_setting(tmp_path, capsys):
+    """Splits may have 150 and 160 images, and so other steps; a flag that was given must be the same in all runs."""
+    for k, steps in enumerate((18, 20)):
+        path = fake_run(tmp_path, "naive_ft", k, 60, steps_per_epoch=steps) / "done.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"from_recipe": ["steps_per_epoch"]}))
+    benchmark.report(benchmark.Report((tmp_path,), format="json"))
+    assert json.loads(capsys.readouterr().out)[-1]["runs"] == 2
+    fake_run(tmp_path, "naive_ft", 2, 60, steps_per_epoch=30)
+    with pytest.raises(InputError, match="other steps_per_epoch"):
+        benchmark.report(benchmark.Report((tmp_path,)))
+
+
+def test_a_list_of_seen_classes_is_told_by_its_number(tmp_path):
+    for names in ("a,b", "a,c"):
+        fake_run(tmp_path / names[-1], "naive_ft", 0, 60, seen_classes=names)
+    titles = [*benchmark.collect([tmp_path])]
+    assert len(titles) == 2 and all(re.fullmatch(r"d a to b, 2 \([0-9a-f]{4}\) seen", title) for title in titles)
+
+
+def test_the_oracle_of_closed_is_naive_ft(tmp_path):
+    task = fake_task(source=[50], naive_ft=[60], naive_ft_oracle=[90])
+    task["a-oracle"] = {(0, "b", 0, 0, 0): bare_run(100, 50)}
+    closed = {row["method"]: row["closed"] for row in benchmark.rows_of({"t": task}, "naive_ft")}
+    assert closed["naive_ft"] == 25 and closed["a-oracle"] == 125
+
+
+def test_oracles_alone_are_no_table_over_tasks(tmp_path):
+    fake_run(tmp_path, "naive_ft-oracle", 0, 60)
+    with pytest.raises(InputError, match="oracles only"):
+        benchmark.report(benchmark.Report((tmp_path,), over_tasks=True))
+
+
 def test_report_pairs_by_split(tmp_path, capsys):
     for k, (naive, other) in enumerate([(40, 41), (60, 62), (80, 83)]):
         fake_run(tmp_path, "naive_ft", k, naive)
@@ -337,8 +370,8 @@ def test_report_over_targets(tmp_path, capsys):
     assert rows["naive_ft"]["seen"] == pytest.approx(60)  # which is known of w1 too
     assert len(list((tmp_path / "figures").iterdir())) == 8
     benchmark.report(benchmark.Report((tmp_path / "w1",), figures=tmp_path / "none"))
-    shown = capsys.readouterr().out  # - for what there is not
-    assert "d a to w1, 2 seen: no figures, since no run has" in shown and "|      - |" in shown
+    shown = capsys.readouterr()  # - for what there is not
+    assert "d a to w1, 2 seen: no figures, since no run has" in shown.err and "|      - |" in shown.out
 
 
 def test_report_does_not_mix_runs(tmp_path):

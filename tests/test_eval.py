@@ -372,6 +372,14 @@ def test_pcv_takes_one_bias_for_all_pseudo_splits(npz, tmp_path):
     assert run["pcv"]["gamma_spread"] == max(own) - min(own) > 0
 
 
+def test_pcv_passes_over_a_split_without_images_of_both_groups():
+    rng, seen = np.random.default_rng(0), np.array([True, True, False, False])
+    whole, one_sided = ((rng.normal(size=(40, 4)), np.arange(40) % kinds, seen) for kinds in (4, 2))
+    gamma, spread = evaluation.pcv_gamma([whole, one_sided])
+    assert spread == 0 and np.isfinite(gamma), "the images of both count together, the spread is of the first alone"
+    assert evaluation.pcv_gamma([one_sided]) == (None, None)
+
+
 def test_pcv_refuses_pseudo_splits_of_other_flags(npz, tmp_path):
     flags = {"lr": 0.1, "dataset": "d", "data_root": "here", "device": "cpu", "pseudo_split": None}
     folders = [tmp_path / name for name in ("split0-seed0", "split0-seed0-pseudo0")]
@@ -480,5 +488,7 @@ def test_command_line(npz, tmp_path):
     np.savez(tmp_path / "other" / "logits.npz", **{**npz[1], "classes": np.array(list("wxyz"))})
     mixed = call(npz[0].parent, tmp_path / "other")
     assert mixed.returncode == 2 and "are over different classes (4 and 4)" in mixed.stderr and not mixed.stdout
+    nothing = call()
+    assert nothing.returncode == 2 and nothing.stderr == "error: name the folder of a run\n"
     bad = call(npz[0].parent, tmp_path / "nowhere")
     assert bad.returncode == 2 and "nowhere" in bad.stderr and len(bad.stderr.splitlines()) == 1 and not bad.stdout

@@ -134,6 +134,11 @@ def test_effective_rank(ht_distill):
         assert ht_distill.effective_rank(features) == pytest.approx(want, abs=1e-6)
 
 
+def test_features_without_a_rank(ht_distill):
+    for features in (torch.full((4, 3), math.nan), torch.full((4, 3), math.inf), torch.ones(4, 3), torch.ones(1, 3)):
+        assert ht_distill.effective_rank(features) is None
+
+
 def test_a_run_logs_the_rank_before_and_after(run_method, read):
     names, folder = run_method("ht_distill", "--name", "ranks")
     _, _, log = read(folder)

@@ -128,7 +128,7 @@ def test_wrong_shares_are_named(tmp_path):
         ("a 1\nb\n", "line 2: 'b'"),
         ("a 1\n", r"\['b'\]"),
         ("a 1\nb -1\n", "0 or more"),
-        ("a 0\nb 0", "or"),
+        ("a 0\nb 0", "0 or more"),
         ("a 1\na 3\nb 1\n", "line 2: a second number for a"),
         ("\xe4 1\nb 1\n", "needs a number"),
     ):

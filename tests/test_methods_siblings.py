@@ -14,6 +14,7 @@ NAIVE = (ROOT / "methods" / "naive_ft.py").read_text()
 SIBLINGS = sorted(path.stem for path in (ROOT / "methods").glob("*.py") if path.stem != "naive_ft")
 ARGS = "class Args(Training, data.TaskArgs, runs.RunArgs):"
 SCHEDULER = "scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * args.steps_per_epoch)"
+DECAY = "weight_decay: float = 5e-4  # on every parameter that trains"
 LOSS = "loss = F.cross_entropy(model(images), labels)"
 STEPS = "for step in range(run.steps, epoch * args.steps_per_epoch):"
 RESUME = "run.resume(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)"
@@ -39,7 +40,7 @@ MAY_REPLACE = {
     "grad_proj": [ARGS, LOSS, "optimizer.zero_grad()", "scaler.scale(loss).backward()", RESUME, COUNT],
     "ht_distill": [ARGS, LOSS, START, RESUME, EVALUATE],
     "infomax": [ARGS, LOAD, LOSS, RESUME],
-    "l2_sp": [ARGS],
+    "l2_sp": [ARGS, DECAY],
     "lolsgd": [ARGS, SCHEDULER, LOSS, STEPS, RESUME, "images, labels = batches(step)", COUNT],
     "lp_ft": [ARGS],
     "masked_ft": [ARGS, LOSS],

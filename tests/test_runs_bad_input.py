@@ -247,6 +247,8 @@ def wrong():
         yield "naive_ft", ["--calibrate", value], "calibrate"
     yield "wise_ft", ["--name", ".."], "name"
     yield "wise_ft", ["--mode", "logits", "--calibrate", "alg"], "calibrate"
+    yield "wise_ft", ["--mode", "logits", "--reestimate-bn"], "reestimate-bn"
+    yield "bn_adapt", ["--mode", "stats", "--bn-mode", "train"], "bn-mode"
     yield "naive_ft", ["--amp", "float64"], "amp"
     yield "naive_ft", ["--oracle", "yes"], "yes"
     yield "naive_ft", ["--lr"], "lr"
