@@ -43,8 +43,8 @@ def mapped_images(folder, pixels):
 
 @pytest.mark.parametrize("amp", ["bfloat16", "float16", "off"])
 @pytest.mark.parametrize("method", ["naive_ft", "ht_distill", "lolsgd", "grad_proj", "lp_ft"])
-def test_methods_run_in_every_precision(method, amp, run_method, read):
-    _, folder = run_method(method, *CUDA, "--amp", amp, "--name", f"{method}-{amp}")
+def test_methods_run_in_every_precision(method, amp, run_method, read, runs_dir):  # its source models are not a CPU's
+    _, folder = run_method(method, *CUDA, "--amp", amp, "--name", f"{method}-{amp}", runs=runs_dir / "cuda")
     done, arrays, log = read(folder)
     assert done["versions"]["gpu"] == torch.cuda.get_device_name(0) and np.isfinite(arrays["test_logits"]).all()
     assert done["versions"]["amp"] == (None if amp == "off" else f"torch.{amp}")
@@ -131,13 +131,13 @@ def test_channels_last_is_kept_through_the_model(arch, amp):
 
 @pytest.mark.parametrize(("amp", "error"), [("off", 0.05), ("bfloat16", 0.1)])
 @pytest.mark.parametrize("method", ["naive_ft", "ht_distill"])
-def test_compile(method, amp, error, run_method, read):
+def test_compile(method, amp, error, run_method, read, runs_dir):
     flags = (*CUDA, "--amp", amp, "--name", f"{method}-{amp}")
-    plain = read(run_method(method, *flags)[1])[1]["test_logits"]
+    plain = read(run_method(method, *flags, runs=runs_dir / "cuda")[1])[1]["test_logits"]
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     flags = (*flags[:-1], f"{method}-{amp}-compiled", "--compile")
-    compiled = read(run_method(method, *flags)[1])[1]["test_logits"]
+    compiled = read(run_method(method, *flags, runs=runs_dir / "cuda")[1])[1]["test_logits"]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert np.abs(plain - compiled).max() < error * np.abs(plain).max()
 
@@ -167,7 +167,7 @@ def test_resident_where_it_fits(monkeypatch):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_no_method_waits_for_the_device(method, run_method, monkeypatch, waiting):
+def test_no_method_waits_for_the_device(method, run_method, monkeypatch, waiting, runs_dir):
     step, evaluate, forbidden = runs.Run.step, runs.Run.evaluate, []
 
     def watched_step(self, *arguments, **more):
@@ -183,7 +183,7 @@ def test_no_method_waits_for_the_device(method, run_method, monkeypatch, waiting
 
     monkeypatch.setattr(runs.Run, "step", watched_step)
     monkeypatch.setattr(runs.Run, "evaluate", watched_evaluate)
-    run_method(method, *CUDA, "--amp", "bfloat16", "--name", f"{method}-strict")
+    run_method(method, *CUDA, "--amp", "bfloat16", "--name", f"{method}-strict", runs=runs_dir / "cuda")
     assert len(forbidden) >= 4  # of three steps in each of two epochs
 
 

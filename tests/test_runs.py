@@ -232,13 +232,14 @@ def test_a_source_without_test_images_is_no_obstacle(run_method, tmp_path, monke
     assert (run_method("naive_ft", runs=tmp_path)[1] / "done.json").exists()
 
 
-def test_out_of_memory_names_the_batch_size(run_method, monkeypatch, capsys):
+def test_out_of_memory_names_the_batch_size(run_method, runs_dir, monkeypatch, capsys):
     run_method("naive_ft", "--name", "fits in memory")
 
     def cross_entropy(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.\nand more")
 
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", cross_entropy)
+    source = str(next((runs_dir / "source_models").glob("digits-mnist-small_cnn-*.pt")))
     stopped(lambda: run_method("naive_ft", "--name", "oom", "--source-seed", "7"), 2)
     assert "source model, batches of 64 images: cpu is out of memory" in capsys.readouterr().err
     stopped(lambda: run_method("naive_ft", "--name", "oom", "--batch-size", "70"), 2)
@@ -246,7 +247,7 @@ def test_out_of_memory_names_the_batch_size(run_method, monkeypatch, capsys):
     assert error.startswith("error: --batch-size 70 ") and "--device cpu is out of memory" in error
     assert len(error.splitlines()) == 1 and "--resident" not in error
     for resident in ("auto", "on", "off"):
-        flags = ("--name", f"oom-{resident}", "--device", "auto", "--resident", resident)
+        flags = ("--name", f"oom-{resident}", "--device", "auto", "--resident", resident, "--source-checkpoint", source)
         stopped(lambda flags=flags: run_method("naive_ft", *flags), 2)
         error = capsys.readouterr().err
         assert error.startswith("error: --batch-size 64 is too large: --device auto is out of memory")
