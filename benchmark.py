@@ -164,7 +164,7 @@ def run_cells(waiting, jobs, bar):
                     failures.append(f"{shlex.join(command)}\n    exit code {code}: {message}")
                     bar.write(failures[-1], sys.stderr)
             if waiting:
-                stopped.wait(10)
+                stopped.wait(2)
     finally:  # after a signal: start nothing more, and what runs saves and ends
         stopped.set()
         for child in children:

@@ -500,7 +500,7 @@ def test_a_signal_ends_the_grid_and_its_runs_saved(number, tmp_path, runs_dir, r
     deadline = time.monotonic() + 100
     while not (logs := list(tmp_path.rglob("log.jsonl"))) and time.monotonic() < deadline:
         time.sleep(0.01)
-    time.sleep(2)  # some steps
+    time.sleep(1)  # some steps
     os.killpg(program.pid, number)  # to its whole group, as a terminal and timeout do
     _, errors = program.communicate(timeout=60)
     assert program.returncode == 130 and "stopped; the same command goes on where it was" in errors
