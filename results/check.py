@@ -52,14 +52,14 @@ def measure(tasks, name=""):
     return tables
 
 
-def overall(tasks):
-    """A row per method: its accuracy on each task, and what that would be with 10 or 90 % of images of seen classes."""
+def overall(tasks, grid):
+    """A row per method: its accuracy on each task, and on the grid's, were 10 or 90 % of the images of seen classes."""
     lines = {}
     for row in benchmark.rows_of(tasks, REFERENCES[0]):
         line = lines.setdefault(row["method"], {"method": row["method"]})
         line[row["task"].partition(" ")[2]] = benchmark.rounded(row)["overall"]
         for percent in (10, 90):
-            if None not in (row["seen"], row["unseen"]):
+            if row["task"] in grid and None not in (row["seen"], row["unseen"]):
                 mean = (percent * row["seen"] + (100 - percent) * row["unseen"]) / 100
                 line[f"{short(row['task'])}, {percent} %"] = f"{mean:.1f}"
     return [*lines.values()]
@@ -151,7 +151,7 @@ if __name__ == "__main__":
         tasks = {task: all_tasks.get(task, {}) | methods for task, methods in tasks.items()}
         tables = measure(tasks, f", {folder.name}" if shared else "") | tables
         all_tasks |= tasks
-    tables["overall", REFERENCES[0]] = overall(all_tasks)
+    tables["overall", REFERENCES[0]] = overall(all_tasks, grid)
     figures = {cell.lstrip("+") for rows in tables.values() for row in rows for cell in row.values()}
     figures |= {figure.partition(" ± ")[0] for figure in figures}
     if (options.runs[0] / FIRST).exists():
