@@ -128,6 +128,13 @@ def grid_commands(grid):
     return commands
 
 
+def error_in(text):
+    """What a program wrote as its error: from the last line that begins so to the end, or else the last line."""
+    lines = text.strip().splitlines()
+    first = max((i for i, line in enumerate(lines) if line.startswith("error: ")), default=-1)
+    return "\n".join(lines[first:])
+
+
 def run_cells(waiting, jobs, bar):
     """Run the commands, `jobs` at a time; returns a text for each that failed. A signal ends them, saved."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
@@ -136,7 +143,7 @@ def run_cells(waiting, jobs, bar):
     children, stopped, failures = [], Event(), []
 
     def run(command):
-        """The exit code of a run, and its error: from the last line on that begins so, or the last line."""
+        """The exit code of a run, and its error."""
         words = [sys.executable, str(HERE / command[1]), *command[2:]]
         # In a session of its own: a signal to the whole group would be a second one, which ends a run unsaved.
         child = subprocess.Popen(words, env=environment, start_new_session=True, **output)
@@ -144,9 +151,7 @@ def run_cells(waiting, jobs, bar):
         if stopped.is_set():  # while it was starting
             child.terminate()
         _, errors = child.communicate()
-        lines = errors.strip().splitlines()
-        first = max((i for i, line in enumerate(lines) if line.startswith("error: ")), default=-1)
-        return child.returncode, "\n".join(lines[first:])
+        return child.returncode, error_in(errors)
 
     pool = ThreadPoolExecutor(jobs)
     try:
@@ -259,10 +264,10 @@ def collect(folders, over_targets=False):
         method, target = args["method"], "all" if over_targets else args["target"]
         task = f"{args['dataset']} {args['source']} to {target}, {how_many(args['seen_classes'])} seen"
         setting = {name: value for name, value in args.items() if name not in not_compared}
-        first = settings.setdefault((task, method), setting | {"from_recipe": done.get("from_recipe", ())})
-        by_recipe = {*first["from_recipe"]} & {*done.get("from_recipe", ())}  # it follows a split's number of images
-        setting |= {name: first[name] for name in ("from_recipe", *by_recipe)}
-        if differ := differences(first, setting):
+        recipe = {*done.get("from_recipe", ())}
+        first, first_recipe = settings.setdefault((task, method), (setting, recipe))
+        left_out = dict.fromkeys(recipe & first_recipe)  # these flags follow a split's number of images
+        if differ := differences(first | left_out, setting | left_out):
             raise InputError(f"{path.parent}: other {differ} than {method}'s other runs; use --name")
         run = read(path.parent)
         if run["classes"] != classes.setdefault(task, run["classes"]):

@@ -1,7 +1,7 @@
 """Are the printed figures those of the runs?
 
-    python results/check.py runs seen2 pools            # compares; exit code 1 where something differs
-    python results/check.py runs seen2 pools --write    # puts the runs' tables in place of the printed ones
+    python results/check.py runs seen pools            # compares; exit code 1 where something differs
+    python results/check.py runs seen pools --write    # puts the runs' tables in place of the printed ones
 
 Compared are, in README.md and results/README.md, each table with a row per method, by `benchmark.py report`'s own rows;
 what the first command prints; and each figure with a decimal in the text of the parts about such tables. So are
@@ -112,7 +112,7 @@ def compare_page(page, tables, figures, write):
     for title, printed, columns, methods in list(printed_tables(text)):
         want = expected(tables, title, columns, methods)
         if want is None:
-            print(f"{page}: not compared: {title or ', '.join(columns[1:3])}, ...")
+            print(f"{page}: not compared: {title}: {', '.join(columns[1:3])}, ...")
         elif want != printed and write:
             text = text.replace(printed, want)
         elif want != printed:

@@ -30,6 +30,7 @@ from tqdm import tqdm
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))
 import data
 import models
+from benchmark import error_in
 from eval import table
 from files import InputError, read_json, write_atomic
 from limits import device_limits
@@ -81,7 +82,7 @@ def row_of(what, ours, plain=None, invert=False):
 def timed(words):
     """Run Python with these words: (lines of its output, seconds, peak memory of its own process in MB).
 
-    The memory is 0 where there is no /proc. Raises InputError, with the last line of the errors.
+    The memory is 0 where there is no /proc. Raises InputError, with the program's error.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     with TemporaryFile("w+") as output, TemporaryFile("w+") as errors:
@@ -97,7 +98,7 @@ def timed(words):
         output.seek(0)
         errors.seek(0)
         if child.returncode:
-            raise InputError(f"{shlex.join(map(str, words))}: {errors.read().strip().splitlines()[-1:]}")
+            raise InputError(f"{shlex.join(map(str, words))}: {error_in(errors.read())}")
         return output.read().splitlines(), seconds, memory
 
 
