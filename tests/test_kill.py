@@ -38,6 +38,7 @@ def child(method, runs_dir):
     from tqdm import tqdm
 
     import data
+    import files
 
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # tqdm's own outlives a process that is killed
@@ -50,7 +51,7 @@ def child(method, runs_dir):
         task.source_recipe = {**task.source_recipe, "steps": 12}
         for split in (task.source_test, task.target_test, task.target_train):
             split.images, split.labels = split.images[::4], split.labels[::4]
-        cache.write_bytes(pickle.dumps(task))
+        files.write_atomic(cache, lambda stream: stream.write(pickle.dumps(task)))  # others may read, a kill may come
         return task
 
     data.load_task = load_quick
