@@ -492,3 +492,20 @@ def test_command_line(npz, tmp_path):
     assert nothing.returncode == 2 and nothing.stderr == "error: name the folder of a run\n"
     bad = call(npz[0].parent, tmp_path / "nowhere")
     assert bad.returncode == 2 and "nowhere" in bad.stderr and len(bad.stderr.splitlines()) == 1 and not bad.stdout
+
+
+def test_effective_rank():
+    """Of k orthogonal directions of one length it is k, of lengths 3 and 1 exp(H(3/4, 1/4)), whatever is added."""
+    basis = torch.linalg.qr(torch.cat([torch.ones(50, 1), torch.randn(50, 6)], 1).double())[0][:, 1:]
+    for k in (1, 3, 6):
+        assert evaluation.effective_rank(basis[:, :k] + 7) == pytest.approx(k, abs=1e-6)
+    want = math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
+    two = basis[:, :2] * torch.tensor([3.0, 1.0])
+    turned = two @ torch.linalg.qr(torch.randn(2, 2).double())[0]
+    for features in (two, turned, turned.numpy(), torch.cat([two, torch.zeros(50, 3).double()], 1)):
+        assert evaluation.effective_rank(features) == pytest.approx(want, abs=1e-6)
+
+
+def test_features_without_a_rank():
+    for features in (torch.full((4, 3), math.nan), torch.full((4, 3), math.inf), torch.ones(4, 3), torch.ones(1, 3)):
+        assert evaluation.effective_rank(features) is None
