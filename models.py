@@ -368,7 +368,8 @@ def source_state(path, key, task, model):
     """The state dict, for `model`, in a source model's file: {"model": state dict, "classes": names}, or a bare one, of
     the Classifier or in torchvision's or timm's names, whose classes are taken as the task's. key: source_key's for the
     model that was put there, None for the user's file. Raises InputError if it is another's, or over other classes."""
-    saved, where = read_checkpoint(path, "--source-checkpoint"), f"--source-checkpoint {path}"
+    flag = "--source-checkpoint" if key is None else "source model"
+    saved, where = read_checkpoint(path, flag), f"{flag} {path}"
     saved = saved if isinstance(saved, dict) else {}
     if key is not None and saved.get("key") != key:
         raise InputError(f"{path}: not the source model that was put there; delete it, to train it again")

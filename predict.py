@@ -147,6 +147,8 @@ def whole_rows(part):
         return set()
     content = part.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
+    while whole.count(b'"') % 2:  # cut within a file's name that has a line break
+        whole = whole[: whole.rfind(b"\n", 0, -1) + 1]
     if len(whole) < len(content):
         write_atomic(part, lambda stream: stream.write(whole))
     return {row[0] for row in csv.reader(io.StringIO(whole.decode("utf-8", "surrogateescape"), newline=""))}

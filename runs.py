@@ -232,8 +232,7 @@ class Run:
         self.folder = Path(args.runs_dir) / where
         self.record = {"method": self.method, **dataclasses.asdict(args)}
         if os.path.isfile(args.seen_classes):
-            text = Path(args.seen_classes).read_text(errors="replace")
-            listed = {line.strip() for line in text.splitlines()}
+            listed = set(data.read_names(args.seen_classes, "--seen-classes"))
             self.record["seen_classes"] = ",".join(name for name in task.classes if name in listed)
         if args.classes:
             self.record["classes"] = ",".join(task.classes)  # the file may come to hold another order
@@ -318,7 +317,7 @@ class Run:
         if self.writer is None:
             self.writer = summary_writer()(self.folder, purge_step=line["step"])
         for name, value in line.items():
-            if value is not None:
+            if isinstance(value, (int, float)):
                 self.writer.add_scalar(name, value, line["step"])
         self.writer.flush()
 
@@ -357,6 +356,8 @@ class Run:
 
     def write_line(self, epoch, model, speed, extras):
         """A line in log.jsonl and on the terminal for what `model` predicts now; returns its accuracies."""
+        # an extra that takes time is a function, called here, so that it is not in the steps' time
+        extras = {name: value() if callable(value) else value for name, value in extras.items()}
         before = time.perf_counter()
         self.test_logits = predict(model, self.task.target_test.images)
         test_speed = len(self.test_logits) / (time.perf_counter() - before)
@@ -407,7 +408,9 @@ class Run:
             content |= {"arch": self.args.arch, "image_size": side, "channels": channels}
             files.write_checkpoint(self.folder / "model.pt", content)
         final = accuracies(arrays["test_logits"], arrays["test_labels"], arrays["seen"])
-        command = shlex.join(["python", f"methods/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+        script, root = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parent
+        script = script.relative_to(root).as_posix() if script.is_relative_to(root) else script.name
+        command = shlex.join(["python", script, *sys.argv[1:]])
         done = {"source": self.source["figures"], "final": final, "args": self.record, "command": command}
         done |= {"from_recipe": self.from_recipe, "tested_on_training_images": test is train, "calibration": gamma}
         done["unlabelled_images"] = len(self.task.target_unlabelled.labels) if self.task.target_unlabelled else 0

@@ -41,6 +41,7 @@ from .flags import (
     check_flag,
     default,
     known_classes,
+    read_names,
 )
 from .folder import FOLDER, Domain, model_as_source, plain_domains
 from .glyphs import GLYPHS, glyphs
@@ -54,7 +55,7 @@ from .vtab import VTAB
 
 __all__ = ["LEAST", "MOST", "Batches", "PoolArgs", "Split", "TaskArgs", "by_recipe", "change_colours", "check_flag"]
 __all__ += ["crop_resize", "default", "digits", "generator", "glyphs", "pool_concerns", "random_affine", "random_photo"]
-__all__ += ["read_shares"]
+__all__ += ["read_names", "read_shares"]
 
 DATASETS = {
     "digits": DIGITS,
@@ -118,8 +119,7 @@ def choose_seen(seen_classes, classes, present, split_seed, paper=None):
             raise InputError(f"{flag}: no such list is published for this data set and source")
         if seen_classes != "paper" and not os.path.isfile(seen_classes):
             raise InputError(f"{flag}: neither a number nor a file with one class name per line, nor data or paper")
-        text = paper.split() if seen_classes == "paper" else Path(seen_classes).read_text(errors="replace").splitlines()
-        names = {line.strip() for line in text if line.strip()}
+        names = set(paper.split() if seen_classes == "paper" else read_names(seen_classes, "--seen-classes"))
         if unknown := sorted(names - set(classes)):
             raise InputError(f"{flag}: unknown {unknown}; the classes are {', '.join(classes)}")
         index, count = np.array([classes.index(name) for name in names], np.int64), len(names)

@@ -77,7 +77,7 @@ def read_writers(root, paths):
 def read_json(path):
     """[(writer, images uint8 [n, 1, 28, 28], labels [n], is a test file)] of one of LEAF's files."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text("utf-8"))
         result = []
         for writer in content["users"]:
             pixels = np.asarray(content["user_data"][writer]["x"], np.float32).reshape(-1, 1, 28, 28)

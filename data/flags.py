@@ -47,7 +47,7 @@ class TaskArgs:
     dataset: str = "digits"  # a name in data.DATASETS
     source: default(str, "the data set's first") = None  # domain of the source model
     target: default(str, "the next one") = None  # domain to adapt to
-    seen_classes: default(str, "half, or published") = None  # how many, a file of names, paper, or data (all)
+    seen_classes: default(str, "half, or as the data set says") = None  # how many, a file of names, paper, data (all)
     oracle: FlagCreatePairsOff[bool] = False  # train on target images of all classes: an upper bound
     test_share: default(float, "0.3", "P") = None  # share of each target class to test on; 0: train on all
     split_seed: int = 0  # which classes are seen, which images are for training
@@ -60,7 +60,7 @@ class TaskArgs:
     skip_bad_images: FlagCreatePairsOff[bool] = False  # leave out images that cannot be read
     ignore_unknown_classes: FlagCreatePairsOff[bool] = False  # leave out target images of classes that the source lacks
     arch: by_recipe(str, "arch") = None  # also timm:NAME or clip:NAME
-    weights: default(str, "imagenet") = None  # pretrained: imagenet, none, a file, a tag of open_clip
+    weights: default(str, "imagenet, for clip: openai") = None  # pretrained: imagenet, none, a file, a tag of open_clip
     source_checkpoint: default(str, "none") = None  # a source model to start from instead of training one
     classes: default(str, "its own", "FILE") = None  # its class names, in its order; a bare state dict has none
     source_seed: int = 0  # of the source model's training
@@ -74,6 +74,15 @@ class TaskArgs:
 class PoolArgs:
     # no docstring: --help would print it
     unlabelled: default(str, "the target's training images, any class", "FOLDER") = None  # besides the labelled ones
+
+
+def read_names(path, flag):
+    """The lines of a text file in UTF-8 that are not blank. Raises InputError, naming the flag that gave the file."""
+    try:
+        lines = Path(path).read_text("utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{flag} {path}: not readable as text ({error})") from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 def known_classes(args):
@@ -91,10 +100,7 @@ def known_classes(args):
             how = "pass --classes FILE, a name per line, in the order of its head's rows"
             raise InputError(f"--source-checkpoint {checkpoint}: does not say its classes; {how}")
         return names
-    try:
-        names = [line.strip() for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise InputError(f"--classes {path}: not readable as text ({error})") from error
+    names = read_names(path, "--classes")
     if not names or len(set(names)) < len(names):
         raise InputError(f"--classes {path}: must have a class name per line, each once")
     return names

@@ -12,6 +12,7 @@ the published recipe takes them from the photograph. So what a crop shows is squ
 1.07 to 1.67 (5th and 95th percentile), as published by 1.01 to 1.33.
 """
 
+import contextlib
 import glob
 import hashlib
 import mmap
@@ -207,11 +208,12 @@ def build(path, root, files, size, fit):
     try:
         if not path.exists():
             decode_files(path, root, files, size, fit)
-            lock_file.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"{kept} ({error}); pass another with --cache-dir") from error
     finally:
         lock.release()
+    with contextlib.suppress(OSError):  # where another build has it open, it may have to stay
+        lock_file.unlink(missing_ok=True)
 
 
 def decode_files(path, root, files, size, fit):
@@ -236,6 +238,7 @@ def decode_files(path, root, files, size, fit):
         write_text(path.with_suffix(".bad.txt"), "".join(lines))
     pixels.flush()  # of all that was written to the file, not only by way of the array
     sums.flush()
+    del pixels  # no file that is mapped can be renamed on Windows
     os.replace(part, path)
 
 

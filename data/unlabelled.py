@@ -66,7 +66,7 @@ def read_shares(path, classes, flag):
     if not Path(path).is_file():
         raise InputError(f"{flag} {path}: not there; must have a line CLASS NUMBER for each class")
     shares = {}
-    for number, line in enumerate(Path(path).read_text(errors="replace").splitlines(), 1):
+    for number, line in enumerate(Path(path).read_text("utf-8-sig", errors="replace").splitlines(), 1):
         name, _, value = line.strip().rpartition(" ")
         if not line.strip():
             continue

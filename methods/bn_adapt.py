@@ -64,13 +64,13 @@ if __name__ == "__main__":
         device, amp = models.choose_device(args.device, args.amp, args.arch)
         split = task.target_unlabelled if args.mode == "pool" else task.target_train
         batches = split.batches(args.batch_size, device, args.seed, args.augment, args.resident)
+        if not models.batchnorms(models.build(args.arch, 2, task.target_train.images.shape[1:], "none")):
+            raise InputError(f"--arch {args.arch}: has no BatchNorm to adapt; choose small_cnn or a resnet")
         start = args.weights, args.source_checkpoint, args.source_seed
         source_model = models.source_model(task, args.arch, device, amp, *start, args.runs_dir, run.stop)
         torch.manual_seed(args.seed)
         model = copy.deepcopy(source_model)
         layers = models.batchnorms(model)
-        if not layers:
-            raise InputError(f"--arch {args.arch}: has no BatchNorm to adapt; choose small_cnn or a resnet")
         model.requires_grad_(False)
         for layer in layers:
             layer.requires_grad_(args.mode == "affine")

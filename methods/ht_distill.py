@@ -4,7 +4,7 @@ By the chain rule, KL(source || model) over all classes (LwF, arXiv 1606.09282) 
     the KL of the groups' shares: how much goes to the seen classes S and the unseen U      `share`, ours
   + the source's share of U times the KL inside U: how unseen classes lie to each other     `relations`, the paper's
   + the source's share of S times the KL inside S: not kept, so that the seen classes adapt
-The loss is CE + 5 share + 0.3 relations, without the factor and both of images that are cut from two. The paper
+The loss is CE + 5 share + 0.3 relations (without its factor), both on images that are cut from two. The paper
 (holistic transfer, NeurIPS 2023, arXiv 2311.01420) has `relations` and `rank`, of the labelled images, and all of U may
 sink together: --share-weight 0 --relations-weight 1 --rank-weight 0.1 (weights ours), with or without --freeze-head.
 
@@ -32,7 +32,7 @@ class Method:
     relations_weight: float = 0.3  # of the KL inside the unseen classes
     share_weight: float = 5.0  # of the KL of the groups' shares
     rank_weight: float = 0.0  # of the decorrelation of features; at a batch of 64 FedDecorr's 0.1 is 6.2 here
-    seen_prior: data.default(float, "|S| / C") = None  # share of images expected to be of seen classes, for that KL
+    seen_prior: data.default(float, "|S| / C") = None  # expected share of images of seen classes, for the KL of shares
     freeze_head: bool = False  # keep the source model's head
 
 
@@ -57,9 +57,9 @@ class Args(Method, Training, data.TaskArgs, runs.RunArgs):
 
 def cut_mix(images, rng):
     """Images [N, c, H, W], each with what lies beyond a random cut, across or down, taken from the one before."""
-    cut, down = torch.rand(2, len(images), 1, 1, 1, generator=rng, device=rng.device).to(images.device)
+    at, way = torch.rand(2, len(images), 1, 1, 1, generator=rng, device=rng.device).to(images.device, non_blocking=True)
     y, x = (torch.linspace(0, 1, side, device=images.device) for side in images.shape[2:])
-    return torch.where(torch.where(down < 0.5, x, y[:, None]) > 0.2 + 0.6 * cut, images.roll(1, 0), images)
+    return torch.where(torch.where(way < 0.5, x, y[:, None]) > 0.2 + 0.6 * at, images.roll(1, 0), images)
 
 
 def relations(logits, source_logits, seen):
@@ -117,7 +117,7 @@ if __name__ == "__main__":
         local = {}  # the running means of the share: the model's, the source model's
         some = task.target_train.images[:: 1 + len(task.target_train.labels) // 1000]  # do their features become alike?
 
-        run.start(model, effective_rank=effective_rank(models.predict(model, some, True)[1]))
+        run.start(model, effective_rank=lambda: effective_rank(models.predict(model, some, True)[1]))
         run.resume(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, local=local)
         for epoch in range(run.epoch, args.epochs + 1):
             model.train()
@@ -146,5 +146,5 @@ if __name__ == "__main__":
                 scaler.update()
                 scheduler.step()
                 run.step(loss, images)
-            run.evaluate(epoch, model, effective_rank=effective_rank(models.predict(model, some, True)[1]))
+            run.evaluate(epoch, model, effective_rank=lambda: effective_rank(models.predict(model, some, True)[1]))
         run.finish(model)

@@ -108,7 +108,7 @@ def prose(text):
 def compare_page(page, tables, figures, write):
     """Texts for what differs on a page; with write, its tables are put right first. Prints what was not compared."""
     path, differ = ROOT / page, []
-    text = path.read_text()
+    text = path.read_text("utf-8")
     for title, printed, columns, methods in list(printed_tables(text)):
         want = expected(tables, title, columns, methods)
         if want is None:
@@ -131,7 +131,7 @@ def compare_headers(tables):
     rows = tables.get(("digits mnist to optdigits, 5 seen", REFERENCES[0]), ())
     results, differ = {row["method"]: (row["overall"], row["unseen"].partition(" ")[0]) for row in rows}, []
     for path in sorted((ROOT / "methods").glob("*.py")):
-        said = re.search(r"# overall (\S+ ± \S+), unseen (\S+) on mnist to optdigits", path.read_text())
+        said = re.search(r"# overall (\S+ ± \S+), unseen (\S+) on mnist to optdigits", path.read_text("utf-8"))
         if path.stem in results and (not said or said.groups() != results[path.stem]):
             differ.append(f"methods/{path.name}: {said and said[0]}\n    the runs: {results[path.stem]}")
     return differ
@@ -159,7 +159,7 @@ if __name__ == "__main__":
     whole, path = table(benchmark.rows_of(grid, REFERENCES[0]), "csv") + "\n", ROOT / "results" / "table.csv"
     if options.write:
         write_text(path, whole)
-    differ = [] if path.read_text() == whole else ["results/table.csv: other figures"]
+    differ = [] if path.read_text("utf-8") == whole else ["results/table.csv: other figures"]
     for page in PAGES:
         differ += compare_page(page, tables, figures, options.write)
     differ += compare_headers(tables)

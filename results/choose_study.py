@@ -1,6 +1,7 @@
 """# Does the ranking by pseudo splits find the best method?
 
-What `python benchmark.py choose` goes by, against the truth that its user does not have: accuracy on the test images.
+What `python benchmark.py choose` goes by, here two pseudo splits (by default three), against the truth that its
+user does not have: accuracy on the test images.
 
 ```bash
 python benchmark.py run --jobs 2 --pcv 2 --source-seeds split --methods ht_distill masked_ft naive_ft lolsgd

@@ -46,7 +46,7 @@ def confident(logits, mean, threshold):
 
 def black_out(images, rng):
     """Images [N, c, H, W], each with a random square of half its sides in black (cutout, arXiv 1708.04552)."""
-    corner = torch.rand(2, len(images), 1, 1, generator=rng, device=rng.device).to(images.device) / 2
+    corner = torch.rand(2, len(images), 1, 1, generator=rng, device=rng.device).to(images.device, non_blocking=True) / 2
     y, x = (torch.linspace(0, 1, side, device=images.device) for side in images.shape[2:])
     inside = (abs(y[:, None] - corner[0] - 0.25) < 0.25) & (abs(x - corner[1] - 0.25) < 0.25)
     return images * ~inside[:, None]

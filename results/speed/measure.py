@@ -257,6 +257,7 @@ def measure_speed(options):
     where = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()
     about = f"{options.rounds} rounds in turns on {options.device} ({where}), {torch.get_num_threads()} threads, torch "
     about += f"{torch.__version__}; medians; least and largest are of the ratio over the rounds.\n"
+    about += "The ratio is ours to the other; in rows in seconds, the other to ours.\n"
     if not torch.cuda.is_available():
         about += "No GPU was found here: no figures of a GPU's memory or of its limits.\n"
     command = shlex.join(["python", "results/speed/measure.py", *sys.argv[1:]])
