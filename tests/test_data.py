@@ -60,6 +60,8 @@ def test_seen_classes_from_a_file(tmp_path):
     file = tmp_path / "names.txt"
     file.write_text("7\n\n2\n 7 \n")
     assert load_task("digits", seen_classes=str(file)).seen.nonzero().flatten().tolist() == [2, 7]
+    file.write_bytes(b"\xef\xbb\xbf7\r\n2\r\n")  # as an editor on Windows saves it
+    assert load_task("digits", seen_classes=str(file)).seen.nonzero().flatten().tolist() == [2, 7]
     file.write_text("7\neight\n")
     with pytest.raises(InputError, match=r"eight.*classes are 0, 1"):
         load_task("digits", seen_classes=str(file))

@@ -408,7 +408,10 @@ def test_bn_stats_are_the_mean_over_the_batches(mode, run_method):
     torch.testing.assert_close(names["model"].backbone[1].running_mean, want, atol=1e-4, rtol=1e-4)
 
 
-def test_bn_adapt_needs_batchnorm(run_method, capsys):
+def test_bn_adapt_needs_batchnorm(run_method, capsys, monkeypatch):
+    import models
+
+    monkeypatch.setattr(models, "source_model", lambda *args: pytest.fail("trained one first"))
     with pytest.raises(SystemExit) as stop:
         run_method("bn_adapt", "--arch", "lenet", "--name", "lenet")
     assert stop.value.code == 2 and "--arch lenet: has no BatchNorm" in capsys.readouterr().err

@@ -152,6 +152,16 @@ def test_a_stopped_start_goes_on_and_no_row_is_lost_or_twice(adapted, photos, tm
     assert sorted(files) == [str(many / f"{i:04d}.jpg") for i in range(600)] and not part.exists()
 
 
+def test_a_row_is_cut_within_a_name_that_has_a_line_break(tmp_path):
+    whole = b'file,class\nx.jpg,cup\n"a\nb.jpg",cup\n'
+    part = tmp_path / "part"
+    for length in range(len(whole) + 1):
+        part.write_bytes(whole[:length])
+        rows = predict.whole_rows(part)
+        assert rows == {"file", "x.jpg", "a\nb.jpg"} if length == len(whole) else rows <= {"file", "x.jpg"}
+        assert whole.startswith(part.read_bytes()) and part.read_bytes().count(b'"') in (0, 2)
+
+
 @pytest.mark.parametrize("arch", ["small_cnn", "resnet18"])
 def test_export_to_torch(adapted, arch):
     folder = adapted(arch)

@@ -277,6 +277,7 @@ def test_tensorboard_has_what_the_log_has(run_method, read, stop_at):
     assert figures == pytest.approx(want, rel=1e-6) and len(log) == 3
     run_method(*flags, "--overwrite")
     assert len(list(folder.glob("events.out.tfevents.*"))) == 1, "those of the run before are gone"
+    run_method("wise_ft", "--track", "tensorboard", "--name", "curve")  # a line of its log has more than numbers
 
 
 def test_tensorboard_is_asked_for_where_it_is_missing(run_method, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """results/self_train.py: which predictions become labels, the strong views, and a run as a user starts it."""
 
+import json
 import runpy
 import sys
 
@@ -45,7 +46,10 @@ def test_it_runs_and_without_weight_it_is_infomax(run_method, runs_dir, monkeypa
     for weight in ("0", "3"):
         own = ["--self-train-weight", weight, "--name", f"self_train_{weight}"]
         monkeypatch.setattr(sys, "argv", [str(script), "--runs-dir", str(runs_dir), *QUICK, *own])
-        weights.append(runpy.run_path(str(script), run_name="__main__")["model"].state_dict())
+        names = runpy.run_path(str(script), run_name="__main__")
+        weights.append(names["model"].state_dict())
+    done = json.loads((names["run"].folder / "done.json").read_text())
+    assert done["command"].startswith("python results/self_train.py --runs-dir ")
     for key, value in infomax.items():
         torch.testing.assert_close(weights[0][key], value, atol=5e-5, rtol=1e-4)  # more images in one pass: rounding
     assert (weights[1]["head.weight"] - infomax["head.weight"]).abs().max() > 5e-4, "the term would be seen"
