@@ -8,6 +8,7 @@ Every cell of the grid is the plain command of a script (--print-commands shows 
 """
 
 import itertools
+import json
 import os
 import shlex
 import signal
@@ -26,7 +27,7 @@ from scipy import stats
 from tqdm import tqdm
 
 import data
-from eval import CALIBRATED, NOT_COMPARED, footnote, read_run, table
+from eval import CALIBRATED, compared, footnote, read_run, table
 from files import InputError, differences, read_json
 from runs import BUSY
 
@@ -42,10 +43,12 @@ SHOWN = ("overall", "seen", "unseen", "unseen_among_unseen", "harmonic_mean", "a
 def seeds(text):
     """The seeds that a text lists: "0-3,7" is [0, 1, 2, 3, 7]."""
     try:
-        ranges = [part.split("-") for part in text.split(",")]
-        return [seed for ends in ranges for seed in range(int(ends[0]), int(ends[-1]) + 1)]
+        ranges = [[int(end) for end in part.split("-")] for part in text.split(",")]
     except ValueError:
-        raise InputError(f"{text!r} is not a list of seeds such as 0-9 or 0,3,7") from None
+        ranges = []
+    if not ranges or any(len(ends) > 2 or ends[0] > ends[-1] for ends in ranges):
+        raise InputError(f"{text!r} is not a list of seeds such as 0-9 or 0,3,7")
+    return [seed for ends in ranges for seed in range(ends[0], ends[-1] + 1)]
 
 
 @dataclass
@@ -74,14 +77,20 @@ class RunGrid:
     """print the commands of runs that are not finished, one a line, and run nothing"""
 
 
+def flag_values(words):
+    """{flag: value} of the words of a command, which may join the two by an equals sign, or write _ for -."""
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    return {flag.replace("_", "-"): value for flag, value in itertools.pairwise(words) if flag.startswith("--")}
+
+
 def expand(pair, flags, flag="--pairs"):
     """[pair], or for dataset:source:all one for every target. Raises InputError, naming the flag, at a name that does
     not exist."""
     if pair.count(":") != 2:
         raise InputError(f"{flag} {pair}: write dataset:source:target, or dataset:source:all")
     dataset, source, target = pair.split(":")
-    words = shlex.split(flags.replace("=", " "))
-    root, file = (dict(itertools.pairwise(words)).get(flag) for flag in ("--data-root", "--source-checkpoint"))
+    given = flag_values(shlex.split(flags))
+    root, file = given.get("--data-root"), given.get("--source-checkpoint")
     try:
         names = data.targets(dataset, source, root) if target == "all" else [target]
         for name in names:
@@ -179,9 +188,15 @@ def run_cells(waiting, jobs, bar):
 
 
 def unfinished(commands, runs_dir):
-    """The commands that made no finished run below runs_dir, and those with --overwrite."""
-    finished = {read_json(path).get("command") for path in Path(runs_dir).rglob("done.json")}
-    return [command for command in commands if "--overwrite" in command or shlex.join(command) not in finished]
+    """The commands that made no finished run below runs_dir, those with --overwrite, and those that name a file which
+    has changed since: the script says whether that matters."""
+    done = {read_json(path).get("command"): path.stat().st_mtime for path in Path(runs_dir).rglob("done.json")}
+    waiting = []
+    for command in commands:
+        named = [os.path.getmtime(word) for word in command[2:] if os.path.isfile(word)]
+        if "--overwrite" in command or max(named, default=0) > done.get(shlex.join(command), -1):
+            waiting.append(command)
+    return waiting
 
 
 def run_commands(commands, grid):
@@ -243,8 +258,9 @@ def read(folder):
 
 def how_many(seen_classes):
     """The flag's value; of a list of names their number, and letters that tell one list from another."""
-    names = seen_classes.split(",")
-    return f"{len(names)} ({sha256(seen_classes.encode()).hexdigest()[:4]})" if len(names) > 1 else seen_classes
+    if not seen_classes.startswith("["):
+        return seen_classes
+    return f"{len(json.loads(seen_classes))} ({sha256(seen_classes.encode()).hexdigest()[:4]})"
 
 
 def collect(folders, over_targets=False):
@@ -255,7 +271,7 @@ def collect(folders, over_targets=False):
     more than seeds, or runs of one task in their classes.
     """
     tasks, settings, classes = {}, {}, {}
-    not_compared = {*NOT_COMPARED, *SEEDS, *(["target"] if over_targets else [])}
+    not_compared = {*SEEDS, *(["target"] if over_targets else [])}
     for path in sorted(path for folder in folders for path in folder.rglob("done.json")):
         done = read_json(path)
         args = done["args"]
@@ -263,7 +279,7 @@ def collect(folders, over_targets=False):
             continue
         method, target = args["method"], "all" if over_targets else args["target"]
         task = f"{args['dataset']} {args['source']} to {target}, {how_many(args['seen_classes'])} seen"
-        setting = {name: value for name, value in args.items() if name not in not_compared}
+        setting = {name: value for name, value in compared(args).items() if name not in not_compared}
         recipe = {*done.get("from_recipe", ())}
         first, first_recipe = settings.setdefault((task, method), (setting, recipe))
         left_out = dict.fromkeys(recipe & first_recipe)  # these flags follow a split's number of images
@@ -427,6 +443,8 @@ def show(title, rows, note, style):
 def report(options):
     """Print a table per task, or in CSV and JSON one of all tasks; draw figures where they are wanted."""
     tasks = collect(options.runs, options.over_targets)
+    if options.reference != Report.reference and not any(options.reference in methods for methods in tasks.values()):
+        raise InputError(f"--reference {options.reference}: no such method was run")
     rows = rows_of(tasks, options.reference)
     lines = over_tasks(rows, options.tuned_on) if options.over_tasks else rows
     if not lines:
@@ -507,8 +525,8 @@ def plain_commands(options):
         command = cell_command(method, options.pair, *seeds, options)
         if "--oracle" in command:
             raise InputError(f"--methods {method}: an oracle learns from labels of unseen classes; leave it out")
-        script, *flags = shlex.split(f"{method} {options.flags}".replace("=", " "))
-        name = dict(itertools.pairwise(flags)).get("--name", script)
+        script, *flags = shlex.split(f"{method} {options.flags}")
+        name = flag_values(flags).get("--name", script)
         if name in commands:
             raise InputError(f"--methods {method}: {name} is there already; give this one another --name")
         commands[name] = command

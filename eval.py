@@ -82,7 +82,7 @@ def accuracies(logits, labels, seen, gamma=0.0):
     a, b = mean_percent(correct[is_seen]), mean_percent(correct[~is_seen])
     if both:
         _, kept, found = curve(flips, is_seen, right)
-        area = float(-np.trapezoid(found, kept))  # exact: between its points the curve is straight
+        area = abs(float(np.trapezoid(found, kept)))  # exact: between its points the curve is straight
     return {
         "overall": mean_percent(correct) if both else None,
         "seen": a,

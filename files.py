@@ -101,10 +101,13 @@ def load_state(model, state, where):
         "of another shape": [f"{key} {its[key]}, not {own[key]}" for key in own if its.get(key, own[key]) != own[key]],
         "not finite": [key for key in its if torch.is_tensor(state[key]) and not state[key].isfinite().all()],
     }
-    if any(problems.values()):
-        listed = [f"{kind}: {', '.join(keys[:6])}{' ...' * (len(keys) > 6)}" for kind, keys in problems.items() if keys]
+    problems = {kind: list(map(str, keys)) for kind, keys in problems.items() if keys}
+    if problems:
+        listed = [f"{kind}: {', '.join(keys[:6])}{' ...' * (len(keys) > 6)}" for kind, keys in problems.items()]
         raise InputError(f"{where}: does not fit the model; {'; '.join(listed)}")
-    model.load_state_dict(state)
+    whole = model.state_dict()  # with the versions of its modules, which some need
+    whole.update(state)
+    model.load_state_dict(whole)
 
 
 def read_json(path):

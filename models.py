@@ -156,8 +156,12 @@ def pretrained_classifier(arch, classes, sides, weights):
             check_sides(arch, sides, list(config["input_size"][1:]))
     else:
         network.set_submodule(head, nn.Identity())
-    with torch.no_grad():  # some have more layers before the head than their num_features says
-        features = network.eval()(torch.zeros(1, 3, *sides)).shape[1]
+    try:
+        with torch.no_grad():  # some have more layers before the head than their num_features says
+            features = network.eval()(torch.zeros(1, 3, *sides)).shape[1]
+    except RuntimeError as error:
+        size = f"{'x'.join(map(str, sides))}, see --image-size"
+        raise InputError(f"--arch {arch}: does not take images of {size} ({first_line(error)})") from error
     return Classifier(network.train(), nn.Linear(features, classes), config["mean"], config["std"], head)
 
 
@@ -388,6 +392,8 @@ def source_model(task, arch, device="cpu", amp=None, weights=None, checkpoint=No
     classes, shape, clip = task.classes, task.target_train.images.shape[1:], arch.startswith("clip:")
     if task.source_train is None and not clip and checkpoint is None:
         raise InputError(f"--arch {arch}: {task.dataset} has no source images, so it takes a clip:NAME")
+    if checkpoint is not None and weights not in (None, "none"):
+        raise InputError(f"--weights {weights}: the source model comes trained; leave it out")
     key, path = None, checkpoint
     if checkpoint is None:
         key = source_key(task, arch, weights, seed, torch.device(device), amp)

@@ -13,6 +13,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -73,6 +74,19 @@ def load(run, device="cpu", amp="off"):
 # ------------------------------------------------------------------------------------------ predictions
 
 
+def images_below(folder, above=()):
+    """The image files at any depth in a folder, sorted. Follows links; leaves out what is hidden."""
+    above, found = (*above, folder.resolve()), []
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir() and path.resolve() not in above:  # a link may lead back
+            found += images_below(path, above)
+        elif path.suffix.lower() in EXTENSIONS:
+            found.append(path)
+    return found
+
+
 def find_images(paths):
     """The image files that `paths` name: images, folders, and .txt files with a path per line; each once, in order.
 
@@ -81,9 +95,9 @@ def find_images(paths):
     found = []
     for path in paths:
         if path.is_dir():
-            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and p.name[0] != ".")
+            found += images_below(path)
         elif path.suffix == ".txt" and path.is_file():
-            lines = path.read_text("utf-8", errors="surrogateescape").splitlines()
+            lines = path.read_text("utf-8-sig", errors="surrogateescape").splitlines()
             found += [Path(line.strip()) for line in lines if line.strip()]
         elif path.exists():
             found.append(path)
@@ -196,36 +210,37 @@ def original(model):
 
 
 def export(model, kind, path):
-    """Write the model to `path` and compare what was written with it on a batch. Raises InputError if they differ.
+    """Write the model to `path`, after what was written was compared with it on a batch. Raises InputError if they
+    differ by more than 1e-4, of the largest logit where that is above 1.
 
     onnx and pt2 take float images [N, channels, side, side] in [0, 1] and give logits [N, C], for any N.
     """
     model = copy.deepcopy(model).float().cpu()  # predictions may follow, on another device
     model.amp, images = None, torch.rand(3, model.channels, model.image_size, model.image_size)
+    new = path.with_name(f".new.{path.name}")
     about = {"classes": model.classes, "seen": model.seen.tolist(), "image_size": model.image_size}
     about["preprocessing"] = "RGB or gray, resized to the square, values from 0 to 1; mean and std are in the model"
     with torch.no_grad():
         want = model(images)
         if kind == "onnx":
-            got = export_onnx(model, images, path, about)
+            got = export_onnx(model, images, new, about)
         elif kind == "pt2":
             batch = torch.export.Dim("batch")
             program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
             extra = {"about.json": json.dumps(about)}
-            write_atomic(path, lambda stream: torch.export.save(program, stream, extra_files=extra))
-            got = torch.export.load(path).module()(images)
+            write_atomic(new, lambda stream: torch.export.save(program, stream, extra_files=extra))
+            got = torch.export.load(new).module()(images)
         else:
             network, state = original(model)
-            write_atomic(path, lambda stream: torch.save(state, stream))
+            write_atomic(new, lambda stream: torch.save(state, stream))
             got = network((images.expand(-1, model.mean.shape[1], -1, -1) - model.mean) / model.std)
-    if got is None:
-        print(f"{path}: written, not compared with the model: that needs onnxruntime")
-        return
-    gap = float((got - want).abs().max())
+    gap = 0.0 if got is None else float((got - want).abs().max()) / max(1.0, float(want.abs().max()))
     if gap > 1e-4:
-        path.unlink()
+        new.unlink()
         raise InputError(f"--export {kind}: what was written differs from the model by {gap:.2g}; it was deleted")
-    print(f"{path}: written, and equal to the model up to {gap:.1g}")
+    os.replace(new, path)
+    compared = "not compared with the model: that needs onnxruntime" if got is None else "and equal to the model up to "
+    print(f"{path}: written, {compared}{'' if got is None else format(gap, '.1g')}")
 
 
 def export_onnx(model, images, path, about):

@@ -177,7 +177,8 @@ class Run:
 
     def __init__(self, script, args):
         self.args, self.started = args, time.perf_counter()
-        self.method = (args.name or Path(script).stem) + "-oracle" * args.oracle
+        self.script = Path(script).stem
+        self.method = (args.name or self.script) + "-oracle" * args.oracle
         self.stop, self.lock, self.writer = files.Stop(args.checkpoint_every), None, None
         self.bar = tqdm(disable=True)
         self.lines, self.epoch, self.steps, self.images = [], 1, 0, 0
@@ -231,9 +232,16 @@ class Run:
         where += "" if args.pseudo_split is None else f"-pseudo{args.pseudo_split}"
         self.folder = Path(args.runs_dir) / where
         self.record = {"method": self.method, **dataclasses.asdict(args)}
+        if args.name:  # which need not say it
+            self.record["script"] = self.script
+        if args.dataset == "folder" and args.data_root is None:
+            self.record["data_root"] = str(data.home("folder", None))
+        if args.source_checkpoint and os.path.isfile(args.source_checkpoint):  # which may come to hold other weights
+            content = hashlib.sha256(Path(args.source_checkpoint).read_bytes())
+            self.record["source_checkpoint_sha256"] = content.hexdigest()[:16]
         if os.path.isfile(args.seen_classes):
             listed = set(data.read_names(args.seen_classes, "--seen-classes"))
-            self.record["seen_classes"] = ",".join(name for name in task.classes if name in listed)
+            self.record["seen_classes"] = json.dumps([name for name in task.classes if name in listed])
         if args.classes:
             self.record["classes"] = ",".join(task.classes)  # the file may come to hold another order
         self.show_if_finished()

@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,7 +70,10 @@ def class_tree(root, below):
     """(files, class names) of root/below/CLASS/*: paths below root, each with its class, both sorted by name."""
     files, names = [], []
     for name in classes_of(root / below):
-        found = [f for f in entries(root / below / name) if f.lower().endswith(EXTENSIONS)]
+        within = entries(root / below / name)
+        found = [file for file in within if file.lower().endswith(EXTENSIONS)]
+        if within and not found:
+            print(f"warning: {root / below / name}: no image in it ({', '.join(EXTENSIONS)})", file=sys.stderr)
         files += [f"{below}/{name}/{file}" for file in found]
         names += [name] * len(found)
     return files, names
@@ -111,8 +115,9 @@ With --source-checkpoint FILE the target is enough: the classes are those that t
 
 
 def domains(root):
-    """The folders of root that hold folders."""
-    found = [name for name in folders(root) if folders(root / name)] if need(root, ABOUT).is_dir() else []
+    """The folders of root that hold folders, but for `runs`: programs put their results there."""
+    names = folders(root) if need(root, ABOUT).is_dir() else []
+    found = [name for name in names if name != "runs" and folders(root / name)]
     if not found:
         raise InputError(f"{root}: no folder with class folders in it\n\n{ABOUT.strip()}")
     return tuple(found)

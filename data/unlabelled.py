@@ -21,13 +21,19 @@ def image_files(unlabelled, target_folder):
 
     Raises InputError if a folder that was asked for has none.
     """
-    folder = Path(unlabelled or Path(target_folder) / "unlabelled")
+    target_folder = Path(target_folder).resolve()
+    folder = Path(unlabelled or target_folder / "unlabelled").resolve()
+    if target_folder in (folder, *folder.parents) and folder != target_folder / "unlabelled":
+        raise InputError(
+            f"--unlabelled {folder}: is of the target's own images, and no pool may have those that it tests on; "
+            "without the flag the pool has its training images of every class"
+        )
     if unlabelled is None and not folder.is_dir():
         return []
     found = [name for name in entries(folder) if name.lower().endswith(EXTENSIONS)] if folder.is_dir() else []
     if unlabelled and not found:
         raise InputError(f"--unlabelled {folder}: no image directly in it ({', '.join(EXTENSIONS)})")
-    return [str(folder.resolve() / name) for name in found]
+    return [str(folder / name) for name in found]
 
 
 def without_labels(split, more=None):
@@ -79,6 +85,7 @@ def read_shares(path, classes, flag):
         shares[name.strip()] = value
     if set(shares) != set(classes) or not 0 < sum(shares.values()) < float("inf") or min(shares.values()) < 0:
         wrong = sorted(set(shares) ^ set(classes))
-        raise InputError(f"{path}: needs a number, 0 or more, for each class once{': see ' * bool(wrong)}{wrong[:5]}")
+        where = f": see {wrong[:5]}" if wrong else ""
+        raise InputError(f"{path}: needs a number, 0 or more, for each class once{where}")
     values = torch.tensor([shares[name] for name in classes])
     return values / values.sum()

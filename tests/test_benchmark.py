@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -217,8 +218,42 @@ def test_runs_of_one_unit_are_averaged_first(tmp_path, capsys):
 
 def test_seeds():
     assert benchmark.seeds("0-3,7") == [0, 1, 2, 3, 7] and benchmark.seeds("5") == [5]
-    with pytest.raises(InputError, match="'a-b' is not a list of seeds"):
-        benchmark.seeds("a-b")
+    for wrong in ("a-b", "5-3", "0-2-4", ""):
+        with pytest.raises(InputError, match=f"'{wrong}' is not a list of seeds"):
+            benchmark.seeds(wrong)
+
+
+def test_flags_may_have_equals_signs_and_values_too():
+    words = ["--data_root=x=y", "--lr", "0.1", "--no-flip", "--arch", "resnet18"]
+    values = benchmark.flag_values(words)
+    assert values["--data-root"] == "x=y" and values["--lr"] == "0.1" and values["--arch"] == "resnet18"
+
+
+def test_a_command_is_run_again_where_a_file_that_it_names_has_changed(tmp_path):
+    names, done = tmp_path / "names.txt", tmp_path / "runs" / "a" / "done.json"
+    names.write_text("ant")
+    done.parent.mkdir(parents=True)
+    command = ["python", "methods/x.py", "--seen-classes", str(names)]
+    assert benchmark.unfinished([command], tmp_path) == [command]
+    done.write_text(json.dumps({"command": shlex.join(command)}))
+    os.utime(names, (1, 1))
+    assert benchmark.unfinished([command], tmp_path) == []
+    os.utime(names, (2e9, 2e9))
+    assert benchmark.unfinished([command], tmp_path) == [command]
+
+
+def test_a_reference_that_was_not_run_is_named(tmp_path):
+    fake_run(tmp_path, "masked_ft", 0, 60)
+    benchmark.report(benchmark.Report((tmp_path,)))  # the default need not be there
+    with pytest.raises(InputError, match="--reference nave_ft: no such method was run"):
+        benchmark.report(benchmark.Report((tmp_path,), reference="nave_ft"))
+
+
+def test_two_folders_of_images_are_not_one_data_set(tmp_path):
+    for k, root in enumerate(("photos", "others")):
+        fake_run(tmp_path, "naive_ft", k, 60, dataset="folder", data_root=root)
+    with pytest.raises(InputError, match="other data_root"):
+        benchmark.collect([tmp_path])
 
 
 def fake_run(folder, method, split_seed, overall, seed=0, pseudo=None, classes="abcd", kinds=4, source_seed=0, **args):
@@ -257,8 +292,8 @@ def test_what_a_recipe_made_of_the_number_of_images_is_no_other_setting(tmp_path
 
 
 def test_a_list_of_seen_classes_is_told_by_its_number(tmp_path):
-    for names in ("a,b", "a,c"):
-        fake_run(tmp_path / names[-1], "naive_ft", 0, 60, seen_classes=names)
+    for other in "bc":
+        fake_run(tmp_path / other, "naive_ft", 0, 60, seen_classes=json.dumps(["a, the first", other]))
     titles = [*benchmark.collect([tmp_path])]
     assert len(titles) == 2 and all(re.fullmatch(r"d a to b, 2 \([0-9a-f]{4}\) seen", title) for title in titles)
 

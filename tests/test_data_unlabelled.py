@@ -133,5 +133,9 @@ def test_a_heap_that_cannot_be(folders, tmp_path):
     for name in ("empty", "absent"):
         with pytest.raises(InputError, match=rf"--unlabelled .*{name}: no image directly in it"):
             load_folders(folders, str(tmp_path / name))
+    for name in ("b", "b/x"):
+        with pytest.raises(InputError, match=r"--unlabelled .*: is of the target's own images, and no pool"):
+            load_folders(folders, str(folders / name))
+    assert len(load_folders(folders, str(folders / "b" / "unlabelled")).target_unlabelled.labels) == 19
     with pytest.raises(InputError, match="--unlabelled: digits is not of image files"):
         data.load_task(Args(unlabelled=str(folders / "heap")), pool=True)

@@ -413,7 +413,7 @@ def test_a_list_of_seen_classes_is_the_same_flag_for_a_pseudo_split(run_method, 
     flags = ("--seen-classes", str(tmp_path / "seen.txt"))
     folder = run_method("naive_ft", *flags, runs=tmp_path)[1]
     run_method("naive_ft", *flags, "--pseudo-split", "0", runs=tmp_path)
-    assert json.loads((folder / "args.json").read_text())["seen_classes"] == "0,3,4,7"
+    assert json.loads((folder / "args.json").read_text())["seen_classes"] == '["0", "3", "4", "7"]'
     assert evaluation.read_run(folder)["pcv"] is not None
 
 

@@ -59,7 +59,7 @@ def prefixed(state, prefix):
 
 
 ARCHS = ["resnet18", "mobilenet_v3_small", "timm:resnet10t", "timm:convnext_atto", "timm:vit_tiny_patch16_224"]
-ARCHS += ["timm:resnetv2_50x1_bit"]  # its head is a 1x1 convolution
+ARCHS += ["timm:resnetv2_50x1_bit", "mnasnet0_5"]  # a head that is a 1x1 convolution; modules of several versions
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -150,6 +150,10 @@ def test_what_is_wrong_is_one_line(task, photos, tmp_path):
     assert "classes.txt: must have a class name per line, each once" in refusal(state, "cup\nfork\ncup\n")
     assert "classes.txt: must have a class name per line" in refusal(state, "\n")
     assert "does not fit the model; missing: backbone" in refusal(state, arch="resnet34")
+    assert refusal({1: 2}).endswith("; unexpected: 1")
+    assert "--arch alexnet: does not take images of 32x32, see --image-size (" in refusal(state, arch="alexnet")
+    with pytest.raises(InputError, match=r"--weights her\.pth: the source model comes trained; leave it out"):
+        models.source_model(task(), "resnet18", checkpoint=path, weights="her.pth")
     assert "its classes or their order are not those of folder" in refusal({"model": state, "classes": NAMES})
     whole = refusal(network("resnet18"))
     assert "objects of a program (torchvision.models.resnet.ResNet); save the weights alone" in whole

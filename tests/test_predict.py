@@ -90,8 +90,41 @@ def test_wrong_words_are_named(adapted, photos, tmp_path):
 
 
 def test_a_list_may_have_any_bytes(tmp_path):
-    (tmp_path / "list.txt").write_bytes(b"caf\xe9.jpg\n\nb.jpg\n")
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbfcaf\xe9.jpg\n\nb.jpg\n")  # with a mark, as Windows does
     assert predict.find_images([tmp_path / "list.txt"]) == ["caf\udce9.jpg", "b.jpg"]
+
+
+def test_folders_at_any_depth(tmp_path):
+    for name in ("x/a.jpg", "x/y/b.PNG", "x/.thumbnails/c.jpg", "x/.d.jpg", "x/e.txt", "z/f.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "x" / "link").symlink_to(tmp_path / "z")
+    (tmp_path / "x" / "y" / "back").symlink_to(tmp_path / "x")
+    found = predict.find_images([tmp_path / "x"])
+    assert found == [str(tmp_path / "x" / name) for name in ("a.jpg", "link/f.jpg", "y/b.PNG")]
+
+
+def test_an_export_is_compared_before_it_takes_the_place(adapted, tmp_path, monkeypatch):
+    model = predict.load(adapted())
+    model.head.weight.data *= 1e4  # large logits differ by more, and no more in relation
+    path = tmp_path / "model.pt2"
+    path.write_text("the one before")
+    load = torch.export.load
+
+    class Wrong:
+        def __init__(self, file):
+            self.program = load(file)
+
+        def module(self):
+            return lambda images: self.program.module()(images) * 1.01
+
+    monkeypatch.setattr(torch.export, "load", Wrong)
+    with pytest.raises(InputError, match=r"--export pt2: what was written differs from the model by 0\.01; it was del"):
+        predict.export(model, "pt2", path)
+    assert path.read_text() == "the one before" and os.listdir(tmp_path) == ["model.pt2"]
+    monkeypatch.setattr(torch.export, "load", load)
+    predict.export(model, "pt2", path)
+    assert path.read_bytes()[:2] == b"PK" and os.listdir(tmp_path) == ["model.pt2"]
 
 
 def test_export_leaves_the_model_as_it_is(adapted, tmp_path):

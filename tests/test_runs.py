@@ -10,6 +10,7 @@ import types
 
 import numpy as np
 import pytest
+import replicas
 import torch
 from conftest import ROOT
 
@@ -160,14 +161,13 @@ def test_a_checkpoint_of_other_arguments_or_origin(run_method, stop_at, capsys, 
     stopped(lambda: run_method("naive_ft", "--seed", "1", "--name", "swap"), 2)
     error = capsys.readouterr().err
     assert f"{folders[1]}/checkpoint.pt: of a training with seed 0 (now 1)" in error and "--overwrite" in error
-    source = torch.load(next((runs_dir / "source_models").glob("digits-mnist-small_cnn-*.pt")), weights_only=True)
-    torch.save(source, tmp_path / "source.pt")
-    flags = ("--source-checkpoint", str(tmp_path / "source.pt"), "--name", "origin")
     stop_at(runs.Run, "step", 4, signal.SIGTERM)
-    stopped(lambda: run_method("naive_ft", *flags), 143)
+    stopped(lambda: run_method("naive_ft", runs=tmp_path), 143)
+    (path,) = (tmp_path / "source_models").glob("digits-mnist-small_cnn-*.pt")
+    source = torch.load(path, weights_only=True)
     source["model"]["head.bias"] += 1
-    torch.save(source, tmp_path / "source.pt")
-    stopped(lambda: run_method("naive_ft", *flags), 2)
+    torch.save(source, path)
+    stopped(lambda: run_method("naive_ft", runs=tmp_path), 2)
     assert "checkpoint.pt: of a run from another source model" in capsys.readouterr().err
 
 
@@ -285,6 +285,39 @@ def test_tensorboard_is_asked_for_where_it_is_missing(run_method, monkeypatch, c
     stopped(lambda: run_method("naive_ft", "--track", "tensorboard", "--name", "untracked"), 2)
     error = capsys.readouterr().err
     assert error == "error: --track tensorboard: needs a package that is optional: pip install tensorboard\n"
+
+
+def test_a_name_is_one_scripts(run_method, capsys):
+    run_method("naive_ft", "--name", "shared")
+    stopped(lambda: run_method("frozen_classifier", "--name", "shared"), 2)
+    assert "holds a run with script naive_ft (now frozen_classifier)" in capsys.readouterr().err
+
+
+def test_other_weights_in_the_same_file_are_another_run(run_method, runs_dir, tmp_path, capsys):
+    names = run_method("naive_ft", "--name", "before")[0]
+    saved = {"model": names["source_model"].state_dict(), "classes": names["task"].classes}
+    path = tmp_path / "hers.pt"
+    torch.save(saved, path)
+    flags = ("naive_ft", "--source-checkpoint", str(path), "--name", "her own")
+    run_method(*flags)
+    stopped(lambda: run_method(*flags), 0)
+    saved["model"]["head.bias"] += 1
+    torch.save(saved, path)
+    stopped(lambda: run_method(*flags), 2)
+    assert "holds a run with source_checkpoint_sha256" in capsys.readouterr().err
+
+
+def test_other_images_by_the_environment_are_another_run(run_method, tmp_path, monkeypatch, capsys):
+    flags = ("naive_ft", "--dataset", "folder", "--source", "a", "--target", "b", "--arch", "small_cnn")
+    for root in ("one", "other"):
+        replicas.tree(tmp_path / root / "a", ["x", "y", "z"], 8)
+        replicas.tree(tmp_path / root / "b", ["x", "y"], 8)
+    monkeypatch.setenv("HT_DATA", str(tmp_path / "one"))
+    run_method(*flags, "--image-size", "16", runs=tmp_path / "runs")
+    stopped(lambda: run_method(*flags, "--image-size", "16", runs=tmp_path / "runs"), 0)
+    monkeypatch.setenv("HT_DATA", str(tmp_path / "other"))
+    stopped(lambda: run_method(*flags, "--image-size", "16", runs=tmp_path / "runs"), 2)
+    assert f"holds a run with data_root {tmp_path / 'one'} (now" in capsys.readouterr().err
 
 
 def test_a_finished_run_shows_what_its_logits_say(run_method, capsys):
