@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Literal
@@ -248,12 +249,18 @@ def with_steps(options):
 
 
 def measure_speed(options):
-    """Print the table and write it to options.out."""
-    options = with_steps(options)
+    """Print the table, and write it to options.out after each of its parts."""
+    options, rows = with_steps(options), []
     with TemporaryDirectory() as folder:
-        rows = step_costs(options, folder) + whole_runs(options, folder)
-        for arch in options.archs:
-            rows += photographs(arch, options, folder)
+        for part in (step_costs, whole_runs, *(partial(photographs, arch) for arch in options.archs)):
+            rows += part(options, folder)
+            about = write_rows(rows, options)
+    print(table(rows, options.format))
+    print(about, file=sys.stderr)
+
+
+def write_rows(rows, options):
+    """Write the table to options.out; returns what was measured where."""
     where = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()
     about = f"{options.rounds} rounds in turns on {options.device} ({where}), {torch.get_num_threads()} threads, torch "
     about += f"{torch.__version__}; medians; least and largest are of the ratio over the rounds.\n"
@@ -264,8 +271,7 @@ def measure_speed(options):
     text = f"# Speed\n\n```bash\n{command}\n```\n\n{about}\n{table(rows)}\n"
     write_atomic(options.out / f"{options.device}.md", lambda stream: stream.write(text.encode()))
     write_atomic(options.out / f"{options.device}.json", lambda stream: stream.write(table(rows, "json").encode()))
-    print(table(rows, options.format))
-    print(about, file=sys.stderr)
+    return about
 
 
 if __name__ == "__main__":
