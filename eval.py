@@ -138,9 +138,11 @@ def effective_rank(features):
     """exp of the entropy of the centred features' [N, D] singular values (Roy and Vetterli, 2007): from 1 to D, small
     where features have become alike. None where they are not finite, or all the same."""
     z = to_numpy(features).astype(np.float64)
-    if not np.isfinite(z).all() or not (z - z.mean(0)).any():
+    if not np.isfinite(z).all():
         return None
     z = z - z.mean(0)
+    if not z.any():
+        return None
     values = np.sqrt(np.linalg.eigvalsh(z.T @ z).clip(0))
     share = values[values > 0] / values.sum()
     return float(np.exp(-(share * np.log(share)).sum()))

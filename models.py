@@ -368,10 +368,11 @@ def renamed(state, model, where):
     return own
 
 
-def source_state(path, key, task, model):
-    """The state dict, for `model`, in a source model's file: {"model": state dict, "classes": names}, or a bare one, of
-    the Classifier or in torchvision's or timm's names, whose classes are taken as the task's. key: source_key's for the
-    model that was put there, None for the user's file. Raises InputError if it is another's, or over other classes."""
+def load_source(model, path, key, task):
+    """Load a source model's file into `model`: {"model": state dict, "classes": names}, or a bare state dict, of the
+    Classifier or in torchvision's or timm's names, whose classes are taken as the task's. key: source_key's for the
+    model that was put there, None for the user's file. Raises InputError if it is another's, is over other classes or
+    does not fit."""
     flag = "--source-checkpoint" if key is None else "source model"
     saved, where = read_checkpoint(path, flag), f"{flag} {path}"
     saved = saved if isinstance(saved, dict) else {}
@@ -379,13 +380,13 @@ def source_state(path, key, task, model):
         raise InputError(f"{path}: not the source model that was put there; delete it, to train it again")
     if isinstance(saved.get("classes"), list) and saved["classes"] != list(task.classes):
         raise InputError(f"{where}: its classes or their order are not those of {task.dataset}")
-    return renamed(files.bare_state(saved), model, where)
+    files.load_state(model, renamed(files.bare_state(saved), model, where), where)
 
 
 def source_model(task, arch, device="cpu", amp=None, weights=None, checkpoint=None, seed=0, cache="runs", stop=None):
     """The Classifier that knows all of task.classes in the source domain, in eval mode, on the device.
 
-    checkpoint: the user's file, see source_state. Without one it is read from the folder cache/source_models, or
+    checkpoint: the user's file, see load_source. Without one it is read from the folder cache/source_models, or
     trained on task.source_train and put there, under a key of everything that determines it. stop: a files.Stop, for
     the training. Raises InputError if the file does not fit the task or the architecture.
     """
@@ -409,5 +410,5 @@ def source_model(task, arch, device="cpu", amp=None, weights=None, checkpoint=No
     model.amp = amp
     if new or (key is not None and path.with_suffix(".unfinished").exists()):
         train_once(model, task, seed, path, key, arch, stop or Stop())
-    files.load_state(model, source_state(path, key, task, model), f"--source-checkpoint {path}")
+    load_source(model, path, key, task)
     return model.eval()

@@ -170,6 +170,25 @@ def hints(logits, labels, given):
     return []
 
 
+def record_of(args, script, classes):
+    """The args as args.json has them: with what is in the files that they name, as a file may come to hold something
+    else, and what the environment or the script's name adds."""
+    record = dataclasses.asdict(args)
+    if args.name:  # which need not say it
+        record["script"] = script
+    if args.dataset == "folder" and args.data_root is None:
+        record["data_root"] = str(data.home("folder", None))
+    if args.source_checkpoint and os.path.isfile(args.source_checkpoint):
+        content = hashlib.sha256(Path(args.source_checkpoint).read_bytes())
+        record["source_checkpoint_sha256"] = content.hexdigest()[:16]
+    if os.path.isfile(args.seen_classes):
+        listed = set(data.read_names(args.seen_classes, "--seen-classes"))
+        record["seen_classes"] = json.dumps([name for name in classes if name in listed])
+    if args.classes:
+        record["classes"] = ",".join(classes)
+    return record
+
+
 class Run:
     """The folder runs/<dataset>/<source>-<target>/<method>/split<k>-seed<s>[-source<n>]/ and what is written into it.
     epoch, steps: where the run goes on. source: the source model's logits "test" and "train" as tensors, its "figures",
@@ -177,8 +196,8 @@ class Run:
 
     def __init__(self, script, args):
         self.args, self.started = args, time.perf_counter()
-        self.script = Path(script).stem
-        self.method = (args.name or self.script) + "-oracle" * args.oracle
+        self.script = Path(script)
+        self.method = (args.name or self.script.stem) + "-oracle" * args.oracle
         self.stop, self.lock, self.writer = files.Stop(args.checkpoint_every), None, None
         self.bar = tqdm(disable=True)
         self.lines, self.epoch, self.steps, self.images = [], 1, 0, 0
@@ -231,19 +250,7 @@ class Run:
         where += f"-source{args.source_seed}" if args.source_seed else ""
         where += "" if args.pseudo_split is None else f"-pseudo{args.pseudo_split}"
         self.folder = Path(args.runs_dir) / where
-        self.record = {"method": self.method, **dataclasses.asdict(args)}
-        if args.name:  # which need not say it
-            self.record["script"] = self.script
-        if args.dataset == "folder" and args.data_root is None:
-            self.record["data_root"] = str(data.home("folder", None))
-        if args.source_checkpoint and os.path.isfile(args.source_checkpoint):  # which may come to hold other weights
-            content = hashlib.sha256(Path(args.source_checkpoint).read_bytes())
-            self.record["source_checkpoint_sha256"] = content.hexdigest()[:16]
-        if os.path.isfile(args.seen_classes):
-            listed = set(data.read_names(args.seen_classes, "--seen-classes"))
-            self.record["seen_classes"] = json.dumps([name for name in task.classes if name in listed])
-        if args.classes:
-            self.record["classes"] = ",".join(task.classes)  # the file may come to hold another order
+        self.record = {"method": self.method, **record_of(args, self.script.stem, task.classes)}
         self.show_if_finished()
         self.lock = files.take_lock(self.folder / ".lock", owned="*")
         if self.lock is None:
@@ -416,7 +423,7 @@ class Run:
             content |= {"arch": self.args.arch, "image_size": side, "channels": channels}
             files.write_checkpoint(self.folder / "model.pt", content)
         final = accuracies(arrays["test_logits"], arrays["test_labels"], arrays["seen"])
-        script, root = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parent
+        script, root = self.script.resolve(), Path(__file__).resolve().parent
         script = script.relative_to(root).as_posix() if script.is_relative_to(root) else script.name
         command = shlex.join(["python", script, *sys.argv[1:]])
         done = {"source": self.source["figures"], "final": final, "args": self.record, "command": command}

@@ -19,7 +19,7 @@ from .images import Images
 def image_files(unlabelled, target_folder):
     """The files of the images that are in no class folder. target_folder: of the target, with its folder `unlabelled`.
 
-    Raises InputError if a folder that was asked for has none.
+    Raises InputError if a folder that was asked for has none, or is of the target's own images.
     """
     target_folder = Path(target_folder).resolve()
     folder = Path(unlabelled or target_folder / "unlabelled").resolve()

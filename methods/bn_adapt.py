@@ -64,6 +64,7 @@ if __name__ == "__main__":
         device, amp = models.choose_device(args.device, args.amp, args.arch)
         split = task.target_unlabelled if args.mode == "pool" else task.target_train
         batches = split.batches(args.batch_size, device, args.seed, args.augment, args.resident)
+        # before a source model is trained in vain
         if not models.batchnorms(models.build(args.arch, 2, task.target_train.images.shape[1:], "none")):
             raise InputError(f"--arch {args.arch}: has no BatchNorm to adapt; choose small_cnn or a resnet")
         start = args.weights, args.source_checkpoint, args.source_seed
