@@ -134,7 +134,7 @@ def test_a_run_logs_the_rank_before_and_after(run_method, read):
     assert ranks[-1] == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-6)
 
 
-NO_TERM = ("--relations-weight", "0", "--share-weight", "0", "--rank-weight", "0")
+NO_TERM = ("--relations-weight", "0", "--share-weight", "0", "--rank-weight", "0", "--pull", "0")
 
 
 def test_without_its_terms_it_is_naive_ft(run_method):
@@ -185,5 +185,5 @@ def test_the_share_is_a_running_mean_towards_the_prior(run_method):
     for names in (low, high):
         logits = torch.from_numpy(models.predict(names["model"], images))
         shares.append(torch.as_tensor(logits).softmax(1)[:, names["task"].seen].sum(1).mean().item())
-        assert len(names["local"]["shares"]) == 2 and not any(mean.requires_grad for mean in names["local"]["shares"])
+        assert len(names["state"]["shares"]) == 2 and not any(mean.requires_grad for mean in names["state"]["shares"])
     assert shares[0] < shares[1], "who expects seen classes gets them"
