@@ -28,15 +28,15 @@ from tqdm import tqdm
 
 import data
 from eval import CALIBRATED, compared, footnote, read_run, table
-from files import InputError, differences, read_json
+from files import InputError, differences, fail, read_json
 from runs import BUSY
 
 HERE = Path(__file__).resolve().parent
 METHODS = sorted(path.stem for path in (HERE / "methods").glob("*.py"))
 SEEDS = ("split_seed", "source_seed", "seed")
 SOURCE = "source model"
-MARKS = "*: defaults were tuned on this task, on other splits. -: not run, or no oracle was, so there is no mean."
-STUDY = "No recommendation: the first of such a ranking was no better than always the same one, see results/choose.md."
+MARKS = "*: defaults were tuned on this task, on other splits. -: not run, or without an oracle; then there is no mean."
+STUDY = "No recommendation: the first of such a ranking was no better than always ht_distill, see results/choose.md."
 SHOWN = ("overall", "seen", "unseen", "unseen_among_unseen", "harmonic_mean", "ausuc")
 
 
@@ -94,8 +94,8 @@ def expand(pair, flags, flag="--pairs"):
     try:
         names = data.targets(dataset, source, root) if target == "all" else [target]
         for name in names:
-            flags = data.TaskArgs(dataset, source, name, data_root=root, source_checkpoint=file)
-            data.choose_domains(flags, data.domain_names(dataset, root))
+            one = data.TaskArgs(dataset, source, name, data_root=root, source_checkpoint=file)
+            data.choose_domains(one, data.domain_names(dataset, root))
     except InputError as error:
         raise InputError(f"{flag} {pair}: {error}") from error
     return [f"{dataset}:{source}:{name}" for name in names]
@@ -326,7 +326,7 @@ def unit_means(column):
     return {unit: float(np.mean(figures)) for unit, figures in units.items()}
 
 
-def setting(runs):
+def pool_of(runs):
     """unlabelled, if the runs were given unlabelled target images: another setting. Else -."""
     return "unlabelled" if any(run.get("pool") for run in runs.values()) else "-"
 
@@ -369,7 +369,7 @@ def rows_of(tasks, reference):
             columns |= {f"{kind}_overall": values(runs, kind) for kind in CALIBRATED}
             overall = columns["overall"] if method != reference else {}
             columns[f"vs_{reference}"] = {key: overall[key] - baseline[key] for key in overall if key in baseline}
-            row = {"task": task, "method": method, "pool": setting(runs), "runs": len(runs)}
+            row = {"task": task, "method": method, "pool": pool_of(runs), "runs": len(runs)}
             for name, column in columns.items():
                 row[name], row[f"{name}_pm"] = interval([*unit_means(column).values()])
             row["closed"], row["closed_pm"] = closed(runs, oracle)
@@ -572,8 +572,7 @@ if __name__ == "__main__":
         {RunGrid: run_grid, Report: report, Choose: choose}[type(options)](options)
         sys.stdout.flush()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        fail(error)
     except BrokenPipeError:  # the reader, head for instance, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None

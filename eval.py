@@ -71,7 +71,7 @@ def accuracies(logits, labels, seen, gamma=0.0):
     harmonic_mean: of seen and unseen. class_mean: mean accuracy over the classes that have images.
     ausuc: area under the seen-unseen curve (Chao et al. 2016, arXiv 1605.04253), from 0 to 1; no bias can change it.
     Without images of either group, overall, harmonic_mean, class_mean and ausuc are not known: None.
-    Raises ValueError as check does.
+    Raises ValueError as check does, and at nan or inf.
     """
     logits, labels, seen = check(logits, labels, seen)
     flips, is_seen, right = flip_points(logits, labels, seen)

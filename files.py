@@ -10,6 +10,7 @@ import math
 import os
 import re
 import signal
+import sys
 import threading
 import time
 import zipfile
@@ -21,6 +22,12 @@ import torch
 
 class InputError(ValueError):
     """Something that the user can mend. A program shows it as one line and ends with exit code 2."""
+
+
+def fail(error):
+    """Say what was wrong, and end with exit code 2."""
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2) from None
 
 
 def first_line(error):

@@ -20,7 +20,6 @@ import files
 from files import Checkpoint, InputError, Stop, first_line, read_checkpoint, take_lock, write_checkpoint
 
 SOURCE_VERSION = 3  # raise it when a change below makes another source model from the same arguments
-IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 class Classifier(nn.Module):
@@ -61,16 +60,22 @@ def evaluation_batch(device, image_shape):
 def predict(model, images, return_features=False, batch_size=None):
     """float32 logits [N, C] of a Classifier in eval mode for uint8 images [N, c, H, W], as a numpy array. With
     return_features also the float32 features [N, D]. Every module is left in the mode that it was in. A compiled model
-    runs eagerly here. batch_size: None is evaluation_batch's."""
+    runs eagerly here. batch_size: None is evaluation_batch's. It is halved where the device has too little memory."""
     was_training = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
-    batches = images.split(batch_size or evaluation_batch(device, images.shape[1:]))
     cuda = device.type == "cuda"  # there nothing waits for a copy from pinned memory: the next batch is read meanwhile
-    batches = (batch.pin_memory() if cuda else batch for batch in batches)
-    batches = (batch.to(device, non_blocking=cuda, memory_format=torch.channels_last) for batch in batches)
+    size, parts = batch_size or evaluation_batch(device, images.shape[1:]), None
     model.eval()
-    with torch.compiler.set_stance("force_eager"):  # more batch sizes would make the graph that trains a dynamic one
-        parts = [model(batch, return_features) for batch in batches]
+    while parts is None:
+        batches = (batch.pin_memory() if cuda else batch for batch in images.split(size))
+        batches = (batch.to(device, non_blocking=cuda, memory_format=torch.channels_last) for batch in batches)
+        try:
+            with torch.compiler.set_stance("force_eager"):  # else more sizes make the graph that trains dynamic
+                parts = [model(batch, return_features) for batch in batches]
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+            size //= 2
     for module, training in was_training.items():
         module.training = training
     if not return_features:
@@ -145,17 +150,20 @@ def original(arch, weights="none"):
 
 def pretrained_classifier(arch, classes, sides, weights):
     """The Classifier of a network of torchvision or timm, a new head in place of its own. See build."""
-    if arch.startswith("vit"):
-        check_sides(arch, sides, [224, 224])
     network, head = original(arch, weights)
-    config = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
     if arch.startswith("timm:"):
         network.reset_classifier(0)
         config = network.pretrained_cfg
         if config.get("fixed_input_size"):
             check_sides(arch, sides, list(config["input_size"][1:]))
     else:
+        import torchvision
+
+        preset = torchvision.models.get_model_weights(arch).DEFAULT.transforms()
+        config = {"mean": preset.mean, "std": preset.std}
         network.set_submodule(head, nn.Identity())
+        if arch.startswith("vit"):
+            check_sides(arch, sides, [network.image_size] * 2)
     try:
         with torch.no_grad():  # some have more layers before the head than their num_features says
             features = network.eval()(torch.zeros(1, 3, *sides)).shape[1]
@@ -188,11 +196,12 @@ class ClipImages(nn.Module):
 
     def __init__(self, visual):
         super().__init__()
-        self.visual = visual
+        side = visual.image_size  # of a ResNet a number
+        self.visual, self.size = visual, (side, side) if isinstance(side, int) else tuple(side)
 
     def forward(self, images):
-        if tuple(images.shape[-2:]) != tuple(self.visual.image_size):
-            images = F.interpolate(images, self.visual.image_size, mode="bicubic", antialias=True)
+        if tuple(images.shape[-2:]) != self.size:
+            images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
         return F.normalize(self.visual(images), dim=-1)
 
 
@@ -205,6 +214,8 @@ def clip_classifier(arch, classes, sides, weights=None, names=None, device="cpu"
     open_clip, name = load(arch, importlib.import_module, "open_clip"), arch.removeprefix("clip:")
     if name not in open_clip.list_models():
         raise InputError(f"--arch {arch}: open_clip has no such model; it has {', '.join(open_clip.list_models())}")
+    if name.startswith("coca"):
+        raise InputError(f"--arch {arch}: gives tokens beside its features and is not offered; take clip:ViT-B-32")
     file, tag = Path(weights or "").is_file(), None if weights == "none" else weights or "openai"
     tags = open_clip.list_pretrained_tags_by_model(name)
     if not file and tag not in (None, *tags):
@@ -239,9 +250,11 @@ def batchnorms(model):
 def choose_device(device, amp, arch):
     """(torch.device, autocast dtype or None) for --device, --amp and a network's name. The device auto is CUDA where
     there is one. amp auto is autocast_dtype's, but float32 for SMALL, which gain little. Raises InputError if the
-    device is not there."""
+    device is not there, and for mps."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("mps"):  # pytorch issues 175189 and 175190
+        raise InputError(f"--device {device}: PyTorch's gradients of channels-last networks are wrong there; use cpu")
     try:
         torch.zeros(1, device=device).item()  # the device meta holds no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -277,11 +290,12 @@ def tune_process():
 # ------------------------------------------------------------------------------------------ source model
 
 
-def train_source(model, task, seed, checkpoint, steps, batch_size, lr, backbone_lr):
+def train_source(model, task, seed, checkpoint, resident, steps, batch_size, lr, backbone_lr):
     """Train on all classes of the source domain: cross-entropy, SGD with nesterov momentum, cosine schedule. Goes on
     from the Checkpoint where it has a content."""
     device = model.mean.device
-    batches = task.source_train.batches(min(batch_size, len(task.source_train.labels)), device, seed)
+    batch_size = min(batch_size, len(task.source_train.labels))
+    batches = task.source_train.batches(batch_size, device, seed, resident=resident)
     rates = [{"params": model.backbone.parameters(), "lr": backbone_lr}, {"params": model.head.parameters(), "lr": lr}]
     optimizer = torch.optim.SGD(rates, momentum=0.9, nesterov=True, weight_decay=5e-4)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -331,7 +345,7 @@ def source_key(task, arch, weights, seed, device, amp):
     return key.hexdigest()
 
 
-def train_once(model, task, seed, path, key, arch, stop):
+def train_once(model, task, seed, path, key, arch, stop, resident):
     """Train the source model, unless it comes with its weights, and put it into the file `path`. Of several processes
     one does so and the others wait. Raises InputError where the device has too little memory."""
     unfinished, own = path.with_suffix(".unfinished"), f"{path.stem}*"
@@ -342,12 +356,14 @@ def train_once(model, task, seed, path, key, arch, stop):
     try:
         if not path.exists():
             if not arch.startswith("clip:"):
-                train_source(model, task, seed, Checkpoint(unfinished, {"key": key}, stop), **task.source_recipe)
+                checkpoint = Checkpoint(unfinished, {"key": key}, stop)
+                train_source(model, task, seed, checkpoint, resident, **task.source_recipe)
             write_checkpoint(path, {"model": model.state_dict(), "classes": task.classes, "arch": arch, "key": key})
         unfinished.unlink(missing_ok=True)
     except torch.OutOfMemoryError as error:
         size, device = task.source_recipe.get("batch_size"), model.mean.device
-        raise InputError(f"source model, batches of {size} images: {device} is out of memory; use another") from error
+        advice = "lower --source-batch-size, or pass --resident off"
+        raise InputError(f"source model, batches of {size} images: {device} is out of memory; {advice}") from error
     finally:
         lock.release()
 
@@ -383,12 +399,14 @@ def load_source(model, path, key, task):
     files.load_state(model, renamed(files.bare_state(saved), model, where), where)
 
 
-def source_model(task, arch, device="cpu", amp=None, weights=None, checkpoint=None, seed=0, cache="runs", stop=None):
+def source_model(
+    task, arch, device="cpu", amp=None, weights=None, checkpoint=None, seed=0, cache="runs", stop=None, resident="auto"
+):
     """The Classifier that knows all of task.classes in the source domain, in eval mode, on the device.
 
     checkpoint: the user's file, see load_source. Without one it is read from the folder cache/source_models, or
-    trained on task.source_train and put there, under a key of everything that determines it. stop: a files.Stop, for
-    the training. Raises InputError if the file does not fit the task or the architecture.
+    trained on task.source_train and put there, under a key of everything that determines it. stop: a files.Stop, and
+    resident: as of Batches, for the training. Raises InputError if the file does not fit the task or the architecture.
     """
     classes, shape, clip = task.classes, task.target_train.images.shape[1:], arch.startswith("clip:")
     if task.source_train is None and not clip and checkpoint is None:
@@ -409,6 +427,6 @@ def source_model(task, arch, device="cpu", amp=None, weights=None, checkpoint=No
     model = model.to(device, memory_format=torch.channels_last)
     model.amp = amp
     if new or (key is not None and path.with_suffix(".unfinished").exists()):
-        train_once(model, task, seed, path, key, arch, stop or Stop())
+        train_once(model, task, seed, path, key, arch, stop or Stop(), resident)
     load_source(model, path, key, task)
     return model.eval()

@@ -30,7 +30,7 @@ from tqdm import tqdm
 import models
 from data.decode import read_image
 from data.folder import EXTENSIONS, entries
-from files import InputError, load_state, make_folder, read_checkpoint, write_atomic
+from files import InputError, fail, first_line, load_state, make_folder, read_checkpoint, write_atomic
 
 COLUMNS = ("file", "class", "probability", "group", "runner_up")
 
@@ -43,8 +43,8 @@ class PredictArgs:
     ] = ()  # images, folders of them at any depth, .txt files with a path per line
     out: Path = Path("predictions.csv")  # the predictions
     export: Literal["none", "onnx", "pt2", "state-dict"] = "none"  # write the model itself, beside its model.pt
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    amp: Literal["auto", "bfloat16", "float16", "off"] = "auto"  # autocast dtype, as in the run
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    amp: Literal["auto", "bfloat16", "float16", "off"] = "auto"  # autocast; the run's own is not kept
     batch_size: int = 64  # images at a time
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False  # write anew what is there
 
@@ -252,7 +252,14 @@ def export_onnx(model, images, path, about):
     stream = io.BytesIO()
     names = {"input_names": ["images"], "output_names": ["logits"]}
     dynamic = {"images": {0: "batch"}, "logits": {0: "batch"}}
-    torch.onnx.export(model, (images,), stream, dynamic_axes=dynamic, dynamo=False, **names)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # ONNX knows no name for an attention in one piece
+    try:
+        torch.onnx.export(model, (images,), stream, dynamic_axes=dynamic, dynamo=False, **names)
+    except torch.onnx.errors.UnsupportedOperatorError as error:
+        raise InputError(f"--export onnx: {first_line(error)}; try --export pt2") from error
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     content = onnx.load_from_string(stream.getvalue())
     for key, value in about.items():
         content.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
@@ -283,8 +290,7 @@ if __name__ == "__main__":
         elif args.export == "none":
             raise InputError("name images to predict, or pass --export")
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        fail(error)
     except KeyboardInterrupt:
         print("stopped; the same command goes on where it was", file=sys.stderr)
         raise SystemExit(130) from None

@@ -32,7 +32,7 @@ from tyro.conf import FlagCreatePairsOff
 import data
 import files
 from eval import accuracies, alg_gammas, compared, footnote, mean_percent, number, read_run, table
-from files import InputError
+from files import InputError, fail
 from models import predict
 
 BUSY = 3  # exit code of a run whose folder another process has
@@ -42,7 +42,7 @@ HEADER = "epoch     loss    seen  unseen overall  images/s  seconds"
 
 @dataclasses.dataclass
 class RunArgs:
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
     amp: Literal["auto", "bfloat16", "float16", "off"] = "auto"  # autocast; auto: not if small; off on CUDA: TF32
     compile: FlagCreatePairsOff[bool] = False  # torch.compile the model
     resident: Literal["auto", "on", "off"] = "auto"  # keep training images on the device; auto: on CUDA, if they fit
@@ -51,7 +51,7 @@ class RunArgs:
     calibrate: data.default(Literal["alg"] | float, "none", "BIAS") = None  # on unseen logits, last: alg or a number
     track: Literal["none", "tensorboard"] = "none"  # write what log.jsonl holds for TensorBoard too
     checkpoint_every: float = 5.0  # minutes between checkpoints; 0: one after every step
-    save_model: FlagCreatePairsOff[bool] = True  # keep the adapted weights as model.pt
+    save_model: FlagCreatePairsOff[bool] = True  # without this flag model.pt keeps the adapted weights
     overwrite: FlagCreatePairsOff[bool] = False  # start anew, whatever the run folder holds
 
 
@@ -83,11 +83,6 @@ def summary_writer():
     except ImportError as error:
         raise InputError("--track tensorboard: needs a package that is optional: pip install tensorboard") from error
     return SummaryWriter
-
-
-def fail(error):
-    print(f"error: {error}", file=sys.stderr)
-    raise SystemExit(2) from None
 
 
 COUNTS = ("epochs", "steps_per_epoch", "batch_size", "source_steps", "source_batch_size")
@@ -191,8 +186,8 @@ def record_of(args, script, classes):
 
 class Run:
     """The folder runs/<dataset>/<source>-<target>/<method>/split<k>-seed<s>[-source<n>]/ and what is written into it.
-    epoch, steps: where the run goes on. source: the source model's logits "test" and "train" as tensors, its "figures",
-    and "train_accuracy" in % on the target's training images."""
+    A pseudo run's last part is pseudo<k>, too. epoch, steps: where the run goes on. source: the source model's logits
+    "test" and "train" as tensors, and its "figures"."""
 
     def __init__(self, script, args):
         self.args, self.started = args, time.perf_counter()
@@ -305,7 +300,7 @@ class Run:
         extras["train_accuracy"] = mean_percent(train_logits.argmax(1) == labels)
         figures = self.write_line(0, model, None, extras)
         self.source = {"train": torch.from_numpy(train_logits), "test": torch.from_numpy(self.test_logits)}
-        self.source |= {"figures": figures, "train_accuracy": extras["train_accuracy"]}
+        self.source["figures"] = figures
 
     def resume(self, **parts):
         """Put the parts, all that a step changes, where an earlier start left them. From here on a signal waits."""

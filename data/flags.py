@@ -22,11 +22,10 @@ def default(kind, text, metavar=None):
 
 
 def by_recipe(kind, name):
-    """As default, for a flag whose value is in the recipes: that of small images, and that of photographs."""
+    """As default, for a flag whose value is in the recipes. `folder` goes by its number of images."""
     small = SMALL_RECIPE | {f"source_{key}": value for key, value in SMALL_SOURCE.items()}
     photo = PHOTO_RECIPE | {f"source_{key}": value for key, value in PHOTO_SOURCE.items()}
-    same = small[name] == photo[name]
-    return default(kind, f"{small[name]}" if same else f"{small[name]}; photographs {photo[name]}")
+    return default(kind, f"digits {small[name]}, photographs {photo[name]}")
 
 
 MOST, LEAST = torch.finfo(torch.float32).max, sys.float_info.min  # finite, and more than 0
@@ -44,7 +43,7 @@ def check_flag(name, value, low=0, high=MOST):
 @dataclass
 class TaskArgs:
     # no docstring: --help would print it
-    dataset: str = "digits"  # a name in data.DATASETS
+    dataset: str = "digits"  # digits, glyphs, folder (your images), ...: data/README.md
     source: default(str, "the data set's first") = None  # domain of the source model
     target: default(str, "the next one") = None  # domain to adapt to
     seen_classes: default(str, "half, or as the data set says") = None  # how many, a file of names, paper, data (all)
@@ -52,7 +51,7 @@ class TaskArgs:
     test_share: default(float, "0.3", "P") = None  # share of each target class to test on; 0: train on all
     split_seed: int = 0  # which classes are seen, which images are for training
     pseudo_split: default(int, "none") = None  # run k of PCV calibration: seen classes play the unseen
-    data_root: default(str, "$HT_DATA, else datasets") = None  # folder with one folder per data set
+    data_root: default(str, "$HT_DATA, else datasets") = None  # with a folder per data set, or per domain
     download: FlagCreatePairsOff[bool] = False  # fetch what is missing, where there is a stable address
     image_size: default(int, PHOTO_RECIPE["image_size"]) = None  # side of the squares that photographs become
     cache_dir: default(str, "DATA_ROOT/.cache", "DIR") = None  # where photographs are kept decoded

@@ -8,8 +8,8 @@ import numpy as np
 from .digits import CHARACTERS, SMALL_SOURCE
 
 
-def glyphs(domain, root=None, per_class=40):
-    """Characters 0-9 A-Z a-z that Pillow draws with fonts that matplotlib ships, `per_class` of each, four styles in
+def glyphs(domain, root=None):
+    """Characters 0-9 A-Z a-z that Pillow draws with fonts that matplotlib ships, 40 of each, four styles in
     turn, each with its own shift, scale, rotation, stroke, contrast and noise. White on black, uint8 [N, 1, 28, 28]."""
     import matplotlib
     from PIL import Image, ImageDraw, ImageFont
@@ -25,7 +25,7 @@ def glyphs(domain, root=None, per_class=40):
     rng = np.random.default_rng(list(names).index(domain))
     classes, images = list(string.digits + string.ascii_uppercase + string.ascii_lowercase), []
     for character in classes:
-        for i in range(per_class):
+        for i in range(40):
             image = Image.new("L", (84, 84))
             stroke = int(rng.integers(0, 3))
             ImageDraw.Draw(image).text((42, 42), character, 255, fonts[i % 4], anchor="mm", stroke_width=stroke)
@@ -35,7 +35,7 @@ def glyphs(domain, root=None, per_class=40):
             image = image.transform(image.size, Image.Transform.AFFINE, turn, Image.Resampling.BILINEAR)
             ink = np.asarray(image.resize((28, 28), Image.Resampling.BOX), np.float32) * rng.uniform(0.6, 1)
             images.append(ink + rng.normal(0, rng.uniform(0, 25), ink.shape))
-    labels = np.repeat(np.arange(len(classes), dtype=np.int64), per_class)
+    labels = np.repeat(np.arange(len(classes), dtype=np.int64), 40)
     return np.clip(np.stack(images)[:, None], 0, 255).round().astype(np.uint8), labels, classes
 
 

@@ -53,9 +53,9 @@ def split_target(domain, name, split_seed, test_share=None):
     return train, test
 
 
-def pseudo_task(task, split_seed, number, left_out=0.4):
-    """The task that PCV calibration (arXiv 2409.16223) adapts to: the share left_out of the seen classes plays the
-    unseen ones (40 % is ours), the test images are 30 % of the training images, and truly unseen classes have none.
+def pseudo_task(task, split_seed, number):
+    """The task that PCV calibration (arXiv 2409.16223) adapts to: 40 % of the seen classes (ours) play the
+    unseen ones, the test images are 30 % of the training images, and truly unseen classes have none.
 
     Runs 0, 1, 2 ... leave out one class after the other in an order drawn by split_seed, so each gets its turn.
     Images of one group stay together: 30 % of the groups are for testing, and a class that only they show plays an
@@ -68,7 +68,7 @@ def pseudo_task(task, split_seed, number, left_out=0.4):
         raise InputError(
             f"--pseudo-split {number}: must be 0 or more, without --oracle, and with two seen classes at least"
         )
-    count = min(max(1, round(left_out * len(classes))), len(classes) - 1)
+    count = min(max(1, round(0.4 * len(classes))), len(classes) - 1)
     order = np.random.default_rng((split_seed, 2)).permutation(classes)
     seen = task.seen.numpy().copy()
     seen[np.take(order, np.arange(number * count, (number + 1) * count), mode="wrap")] = False

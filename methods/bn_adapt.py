@@ -4,9 +4,10 @@
 re-estimates their mean and variance on the target images, without a gradient (AdaBN, Li et al., arXiv 1603.04779);
 --mode pool does so on unlabelled images of all classes, which is another setting.
 Baselines of holistic transfer (NeurIPS 2023, arXiv 2311.01420). Differs from AdaBN: the statistics are the mean over
-the last epoch's batches, with stats of images of the seen classes alone, augmented unless --no-augment says so.
+the last epoch's batches (--mode stats: of the seen classes), augmented unless --no-augment says so. The head does not
+train, so --lr does nothing.
 
-    python methods/bn_adapt.py    # overall 88.2 ± 1.6, unseen 79.3 on mnist to optdigits, see results/
+    python methods/bn_adapt.py    # overall 88.2 ± 1.6, unseen 79.3 on mnist to optdigits, ten splits
 """
 
 import copy
@@ -27,7 +28,7 @@ from files import InputError
 
 @dataclass
 class Method:
-    mode: Literal["affine", "stats", "pool"] = "affine"  # train scale and shift; re-estimate mean and variance
+    mode: Literal["affine", "stats", "pool"] = "affine"  # scale and shift; mean and variance; those of a pool
 
 
 @dataclass
@@ -68,7 +69,7 @@ if __name__ == "__main__":
         if not models.batchnorms(models.build(args.arch, 2, task.target_train.images.shape[1:], "none")):
             raise InputError(f"--arch {args.arch}: has no BatchNorm to adapt; choose small_cnn or a resnet")
         start = args.weights, args.source_checkpoint, args.source_seed
-        source_model = models.source_model(task, args.arch, device, amp, *start, args.runs_dir, run.stop)
+        source_model = models.source_model(task, args.arch, device, amp, *start, args.runs_dir, run.stop, args.resident)
         torch.manual_seed(args.seed)
         model = copy.deepcopy(source_model)
         layers = models.batchnorms(model)
@@ -87,7 +88,7 @@ if __name__ == "__main__":
         run.start(model)
         run.resume(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
         for epoch in range(run.epoch, args.epochs + 1):
-            model.train()
+            model.train(args.mode == "affine")  # statistics are taken with every branch, as in evaluation
             for layer in models.batchnorms(model):
                 layer.train(args.mode != "affine" or args.bn_mode == "train")
                 if args.mode != "affine" and run.steps == (epoch - 1) * args.steps_per_epoch:

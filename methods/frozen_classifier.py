@@ -2,8 +2,9 @@
 
 The head's rows hold how the classes lie to each other, unseen ones too. Kept fixed, they ask the backbone to move the
 new domain's images to where the source's were (a baseline of holistic transfer, NeurIPS 2023, arXiv 2311.01420).
+The head does not train, so --lr does nothing.
 
-    python methods/frozen_classifier.py    # overall 72.8 ± 4.4, unseen 46.0 on mnist to optdigits, see results/
+    python methods/frozen_classifier.py    # overall 72.8 ± 4.4, unseen 46.0 on mnist to optdigits, ten splits
 """
 
 import copy
@@ -49,7 +50,7 @@ if __name__ == "__main__":
         device, amp = models.choose_device(args.device, args.amp, args.arch)
         batches = task.target_train.batches(args.batch_size, device, args.seed, args.augment, args.resident)
         start = args.weights, args.source_checkpoint, args.source_seed
-        source_model = models.source_model(task, args.arch, device, amp, *start, args.runs_dir, run.stop)
+        source_model = models.source_model(task, args.arch, device, amp, *start, args.runs_dir, run.stop, args.resident)
         torch.manual_seed(args.seed)
         model = copy.deepcopy(source_model)
         model.head.requires_grad_(False)

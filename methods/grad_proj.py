@@ -8,7 +8,7 @@ conflicts with p, the gradient of P (g.p < 0: the step would raise P), its part 
 
 Differs from A-GEM: P, which is ours, needs no data of the source, and p holds a share of the last step's (--memory).
 
-    python methods/grad_proj.py    # overall 87.2 ± 2.7, unseen 75.3 on mnist to optdigits, see results/
+    python methods/grad_proj.py    # overall 87.2 ± 2.7, unseen 75.3 on mnist to optdigits, ten splits
 """
 
 import copy
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # the modules: beside this file or one folder up
@@ -105,10 +106,11 @@ if __name__ == "__main__":
         device, amp = models.choose_device(args.device, args.amp, args.arch)
         batches = task.target_train.batches(args.batch_size, device, args.seed, args.augment, args.resident)
         start = args.weights, args.source_checkpoint, args.source_seed
-        source_model = models.source_model(task, args.arch, device, amp, *start, args.runs_dir, run.stop)
+        source_model = models.source_model(task, args.arch, device, amp, *start, args.runs_dir, run.stop, args.resident)
         torch.manual_seed(args.seed)
         model = copy.deepcopy(source_model)
         if args.compile:
+            torch._functorch.config.donated_buffer = False  # the graph is kept for a second gradient
             model.compile()
         rates = [{"params": model.backbone.parameters(), "lr": args.backbone_lr}]
         rates += [{"params": model.head.parameters(), "lr": args.lr}]

@@ -7,7 +7,7 @@ Differs from SHOT: labels hold the seen classes, and no pseudo-labels are made; 
 mean, as a step may have fewer images than there are classes. In the cross-entropy unseen classes count --alpha times:
 with 0 nothing keeps seen images out of them, with 1 they sink faster than the pool can lift them.
 
-    python methods/infomax.py    # overall 97.5 ± 0.9, unseen 95.7 on mnist to optdigits, see results/
+    python methods/infomax.py    # overall 97.5 ± 0.9, unseen 95.7 on mnist to optdigits, ten splits
 """
 
 import copy
@@ -88,7 +88,7 @@ if __name__ == "__main__":
         device, amp = models.choose_device(args.device, args.amp, args.arch)
         batches = task.target_train.batches(args.batch_size, device, args.seed, args.augment, args.resident)
         start = args.weights, args.source_checkpoint, args.source_seed
-        source_model = models.source_model(task, args.arch, device, amp, *start, args.runs_dir, run.stop)
+        source_model = models.source_model(task, args.arch, device, amp, *start, args.runs_dir, run.stop, args.resident)
         torch.manual_seed(args.seed)
         model = copy.deepcopy(source_model)
         if args.compile:
@@ -111,10 +111,10 @@ if __name__ == "__main__":
         for text in data.pool_concerns(pool_logits, labelled_logits, prior):
             print(f"warning: unlabelled images: {text}; ht_distill does without them", file=sys.stderr)
         prior = prior.to(device)
-        local = {"mean": [source_mean.to(device)]}  # the running mean of predictions
+        state = {"mean": [source_mean.to(device)]}  # the running mean of predictions
 
         run.start(model)
-        run.resume(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, local=local)
+        run.resume(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, state=state)
         for epoch in range(run.epoch, args.epochs + 1):
             model.train()
             for layer in models.batchnorms(model):
@@ -124,8 +124,8 @@ if __name__ == "__main__":
                 free, _ = pool(step)
                 logits, free_logits = model(torch.cat([images, free])).split([len(images), len(free)])
                 loss = discounted_cross_entropy(logits, labels, seen, args.alpha)
-                mean = running_mean(free_logits.softmax(1).mean(0), local["mean"][0], args.memory)
-                local["mean"][0] = mean.detach()
+                mean = running_mean(free_logits.softmax(1).mean(0), state["mean"][0], args.memory)
+                state["mean"][0] = mean.detach()
                 loss += args.infomax_weight * (uncertainty(free_logits) + imbalance(mean, prior))
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()

@@ -5,7 +5,7 @@
 Differs from the paper: the head is pulled too, since the source model has it already. The value of pull, which the
 paper calls alpha, is ours.
 
-    python methods/l2_sp.py    # overall 84.5 ± 3.0, unseen 70.1 on mnist to optdigits, see results/
+    python methods/l2_sp.py    # overall 84.5 ± 3.0, unseen 70.1 on mnist to optdigits, ten splits
 """
 
 import copy
@@ -65,7 +65,7 @@ if __name__ == "__main__":
         device, amp = models.choose_device(args.device, args.amp, args.arch)
         batches = task.target_train.batches(args.batch_size, device, args.seed, args.augment, args.resident)
         start = args.weights, args.source_checkpoint, args.source_seed
-        source_model = models.source_model(task, args.arch, device, amp, *start, args.runs_dir, run.stop)
+        source_model = models.source_model(task, args.arch, device, amp, *start, args.runs_dir, run.stop, args.resident)
         torch.manual_seed(args.seed)
         model = copy.deepcopy(source_model)
         if args.compile:

@@ -8,7 +8,7 @@ The paper's cross-entropy is over all C logits; --ce subset and --ce seen, maski
 M, tau and the left-out share. Momentum starts anew in each copy. The paper combines it with its distillation, rank and
 frozen head: --relations-weight 1 --rank-weight 0.1 --freeze-head, weights ours.
 
-    python methods/lolsgd.py    # overall 81.0 ± 3.1, unseen 63.4 on mnist to optdigits, see results/
+    python methods/lolsgd.py    # overall 81.0 ± 3.1, unseen 63.4 on mnist to optdigits, ten splits
 """
 
 import copy
@@ -110,7 +110,7 @@ if __name__ == "__main__":
         device, amp = models.choose_device(args.device, args.amp, args.arch)
         batches = task.target_train.batches(args.batch_size, device, args.seed, args.augment, args.resident)
         start = args.weights, args.source_checkpoint, args.source_seed
-        source_model = models.source_model(task, args.arch, device, amp, *start, args.runs_dir, run.stop)
+        source_model = models.source_model(task, args.arch, device, amp, *start, args.runs_dir, run.stop, args.resident)
         torch.manual_seed(args.seed)
         model = copy.deepcopy(source_model)
         model.head.requires_grad_(not args.freeze_head)
@@ -132,10 +132,10 @@ if __name__ == "__main__":
         subsets = torch.stack([draw_classes(shown, args.left_out, rng) for rng in draws])
         compared = {"all": torch.ones_like(subsets), "seen": seen.expand_as(subsets), "subset": subsets}[args.ce]
         compared, seen = compared.to(device), seen.to(device)
-        local = {}  # of the round under way: the weights at its start, and the movement of each copy
+        state = {}  # of the round under way: the weights at its start, and the movement of each copy
 
         run.start(model)
-        run.resume(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, local=local)
+        run.resume(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, state=state)
         for epoch in range(run.epoch, args.epochs + 1):
             model.train()
             for layer in models.batchnorms(model):
@@ -144,7 +144,7 @@ if __name__ == "__main__":
             for step in range(run.steps, rounds_by_now * round_steps):
                 number = step // args.tau  # of the copy
                 if step % round_steps == 0:
-                    local["start"] = [tensor.clone() for tensor in weights]
+                    state["start"] = [tensor.clone() for tensor in weights]
                 if step % args.tau == 0:
                     optimizer.state.clear()  # a copy starts without momentum
                 images, labels = batches(step, subsets[number])
@@ -165,9 +165,9 @@ if __name__ == "__main__":
                 scheduler.step()
                 spread = {}
                 if (step + 1) % args.tau == 0:
-                    local[f"copy{number % args.copies}"] = end_copy(weights, local["start"])
+                    state[f"copy{number % args.copies}"] = end_copy(weights, state["start"])
                 if (step + 1) % round_steps == 0:
-                    moved = [local[f"copy{m}"] for m in range(args.copies)]
+                    moved = [state[f"copy{m}"] for m in range(args.copies)]
                     spread["spread"] = end_round(weights, moved)
                 run.step(loss, images, **spread)
             run.evaluate(epoch, model)

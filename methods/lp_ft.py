@@ -4,7 +4,7 @@ A head that fits already asks less of the features (Kumar et al., ICLR 2022, arX
 the probe starts at the source model's head, which knows these classes; the number of its updates and the fine-tuning
 rate, a tenth of naive_ft's, are ours.
 
-    python methods/lp_ft.py    # overall 70.0 ± 4.8, unseen 41.2 on mnist to optdigits, see results/
+    python methods/lp_ft.py    # overall 70.0 ± 4.8, unseen 41.2 on mnist to optdigits, ten splits
 """
 
 import copy
@@ -84,7 +84,7 @@ if __name__ == "__main__":
         device, amp = models.choose_device(args.device, args.amp, args.arch)
         batches = task.target_train.batches(args.batch_size, device, args.seed, args.augment, args.resident)
         start = args.weights, args.source_checkpoint, args.source_seed
-        source_model = models.source_model(task, args.arch, device, amp, *start, args.runs_dir, run.stop)
+        source_model = models.source_model(task, args.arch, device, amp, *start, args.runs_dir, run.stop, args.resident)
         torch.manual_seed(args.seed)
         model = copy.deepcopy(source_model)
         if args.compile:

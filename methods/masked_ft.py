@@ -3,7 +3,7 @@
 FedRS (Li and Zhan, KDD 2021) scales the logits of absent classes by alpha inside the softmax; they then get alpha
 times the push. Differs from it: alpha 0, the default, leaves them out of the softmax, where FedRS keeps exp(0) each.
 
-    python methods/masked_ft.py    # overall 88.7 ± 3.0, unseen 79.1 on mnist to optdigits, see results/
+    python methods/masked_ft.py    # overall 88.7 ± 3.0, unseen 79.1 on mnist to optdigits, ten splits
 """
 
 import copy
@@ -61,7 +61,7 @@ if __name__ == "__main__":
         device, amp = models.choose_device(args.device, args.amp, args.arch)
         batches = task.target_train.batches(args.batch_size, device, args.seed, args.augment, args.resident)
         start = args.weights, args.source_checkpoint, args.source_seed
-        source_model = models.source_model(task, args.arch, device, amp, *start, args.runs_dir, run.stop)
+        source_model = models.source_model(task, args.arch, device, amp, *start, args.runs_dir, run.stop, args.resident)
         torch.manual_seed(args.seed)
         model = copy.deepcopy(source_model)
         if args.compile:

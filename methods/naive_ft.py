@@ -4,7 +4,7 @@ What everybody does first, and what holistic transfer (NeurIPS 2023, arXiv 2311.
 get better in the new domain, the unseen ones are forgotten. With --oracle it trains on images of all classes: the
 upper bound.
 
-    python methods/naive_ft.py    # overall 69.8 ± 4.6, unseen 40.0 on mnist to optdigits, see results/
+    python methods/naive_ft.py    # overall 69.8 ± 4.6, unseen 40.0 on mnist to optdigits, ten splits
 """
 
 import copy
@@ -50,7 +50,7 @@ if __name__ == "__main__":
         device, amp = models.choose_device(args.device, args.amp, args.arch)
         batches = task.target_train.batches(args.batch_size, device, args.seed, args.augment, args.resident)
         start = args.weights, args.source_checkpoint, args.source_seed
-        source_model = models.source_model(task, args.arch, device, amp, *start, args.runs_dir, run.stop)
+        source_model = models.source_model(task, args.arch, device, amp, *start, args.runs_dir, run.stop, args.resident)
         torch.manual_seed(args.seed)
         model = copy.deepcopy(source_model)
         if args.compile:

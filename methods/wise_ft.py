@@ -6,7 +6,7 @@
 logits instead. Differs from the paper: BatchNorm statistics are averaged like weights, or re-estimated on the target
 images with --reestimate-bn.
 
-    python methods/wise_ft.py    # overall 83.0 ± 3.7, unseen 67.3 on mnist to optdigits, see results/
+    python methods/wise_ft.py    # overall 83.0 ± 3.7, unseen 67.3 on mnist to optdigits, ten splits
 """
 
 import copy
@@ -104,7 +104,7 @@ if __name__ == "__main__":
         device, amp = models.choose_device(args.device, args.amp, args.arch)
         batches = task.target_train.batches(args.batch_size, device, args.seed, args.augment, args.resident)
         start = args.weights, args.source_checkpoint, args.source_seed
-        source_model = models.source_model(task, args.arch, device, amp, *start, args.runs_dir, run.stop)
+        source_model = models.source_model(task, args.arch, device, amp, *start, args.runs_dir, run.stop, args.resident)
         torch.manual_seed(args.seed)
         model = copy.deepcopy(source_model)
         if args.compile:

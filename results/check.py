@@ -18,7 +18,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import benchmark
 from eval import read_run, table
-from files import InputError, write_text
+from files import InputError, fail, write_text
 from runs import result_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -142,8 +142,7 @@ if __name__ == "__main__":
     try:
         folders = [benchmark.collect([folder]) for folder in options.runs]
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        fail(error)
     grid, *rest = folders
     tables, all_tasks = measure(grid), dict(grid)
     for folder, tasks in zip(options.runs[1:], rest, strict=True):

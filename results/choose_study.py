@@ -27,7 +27,7 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmark import collect, interval, read, show, unit_means
 from eval import table
-from files import InputError
+from files import InputError, fail
 
 RANKING = "the first of the ranking"
 
@@ -146,8 +146,7 @@ def main(runs: tuple[Path, ...], /, always: str):
         splits = complete(measured(runs))
         rows = rows_of(splits, always)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        fail(error)
     print(f"{__doc__}\n{verdict(rows, always)}")
     show(title("over all", splits), rows, "", "md")
     for task in sorted({task for _, task, *_ in splits}):

@@ -7,7 +7,7 @@ The last is FixMatch's (arXiv 2001.07685), with thresholds as in FlexMatch (arXi
 rarely asks for less confidence. Differs from both: strong views are turned, sheared, shifted and partly black, for any
 kind of image, and the term's weight rises from 0, as early labels repeat the source model's mistakes.
 
-    python results/self_train.py    # flags as a method; overall 98.1 ± 0.6 on mnist to optdigits, infomax 97.5 ± 0.9
+    python results/self_train.py    # flags as a method; overall 98.1 ± 0.6 on mnist to optdigits, ten splits
 """
 
 import copy
@@ -66,7 +66,7 @@ if __name__ == "__main__":
         device, amp = models.choose_device(args.device, args.amp, args.arch)
         batches = task.target_train.batches(args.batch_size, device, args.seed, args.augment, args.resident)
         start = args.weights, args.source_checkpoint, args.source_seed
-        source_model = models.source_model(task, args.arch, device, amp, *start, args.runs_dir, run.stop)
+        source_model = models.source_model(task, args.arch, device, amp, *start, args.runs_dir, run.stop, args.resident)
         torch.manual_seed(args.seed)
         model = copy.deepcopy(source_model)
         if args.compile:
@@ -89,10 +89,10 @@ if __name__ == "__main__":
         for text in data.pool_concerns(pool_logits, labelled_logits, prior):
             print(f"warning: unlabelled images: {text}; ht_distill does without them", file=sys.stderr)
         prior = prior.to(device)
-        local = {"mean": [source_mean.to(device)]}  # the running mean of predictions
+        state = {"mean": [source_mean.to(device)]}  # the running mean of predictions
 
         run.start(model)
-        run.resume(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, local=local)
+        run.resume(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, state=state)
         for epoch in range(run.epoch, args.epochs + 1):
             model.train()
             for layer in models.batchnorms(model):
@@ -105,8 +105,8 @@ if __name__ == "__main__":
                 logits = model(torch.cat([images, free, strong]))
                 logits, free_logits, strong_logits = logits.split([len(images), len(free), len(free)])
                 loss = discounted_cross_entropy(logits, labels, seen, args.alpha)
-                mean = running_mean(free_logits.softmax(1).mean(0), local["mean"][0], args.memory)
-                local["mean"][0] = mean.detach()
+                mean = running_mean(free_logits.softmax(1).mean(0), state["mean"][0], args.memory)
+                state["mean"][0] = mean.detach()
                 loss += args.infomax_weight * (uncertainty(free_logits) + imbalance(mean, prior))
                 taught = confident(free_logits.detach(), mean.detach(), args.threshold)
                 losses = F.cross_entropy(strong_logits, free_logits.argmax(1), reduction="none")

@@ -40,7 +40,7 @@ python tests/full_size_domainnet.py FOLDER > results/speed/full_size.md
 
 `ht_distill.py {flags}`
 on a replica with all 221,076 entries of the lists, with {cores} cores and {threads} thread(s) for the network. The
-caches are built with a bar and the time left. Start and memory: the largest of three runs. Steps: medians of 20 turns,
+caches are built with a bar and the time left. Second start: the largest of three runs. Steps: medians of 20 turns,
 in one process. The images are drawn colours and the steps few, so accuracies mean nothing here.
 """
 
@@ -128,7 +128,7 @@ def main():
     start = time.perf_counter()
     eval.read_run(again[0]["folder"])
     metrics = time.perf_counter() - start
-    rows = [(f"cache of {domain}, {count} images, min", minutes) for domain, (count, minutes) in bars.items()]
+    rows = [(f"cache of {domain}, {count} images, min:s", minutes) for domain, (count, minutes) in bars.items()]
     rows += [
         ("second start to the first step, s (limit 10)", f"{max(one['first_step'] for one in again):.1f}"),
         ("peak memory, first start, GB (limit 2.5)", f"{first['memory']:.2f}"),

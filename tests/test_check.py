@@ -60,7 +60,7 @@ def check(tmp_path, monkeypatch, capsys):
     (tmp_path / "results" / "README.md").write_text(RESULTS)
     (tmp_path / "results" / "table.csv").write_text("")
     (tmp_path / "methods" / "naive_ft.py").write_text(
-        "# overall 60.0 ± 0.0, unseen 60.0 on mnist to optdigits, see README"
+        "# overall 60.0 ± 0.0, unseen 60.0 on mnist to optdigits, ten splits"
     )
     task = {"dataset": "digits", "source": "mnist", "target": "optdigits", "seen_classes": "5"}
     for split_seed in (0, 1):

@@ -277,7 +277,7 @@ def test_help_is_grouped_and_says_what_none_stands_for():
     places = [shown.index(f"─ {group} options ─") for group in ("method", "training", "task", "run")]
     assert places == sorted(places) and "None" not in shown
     assert max(map(len, shown.splitlines())) == 100
-    for flag, default in (("steps-per-epoch", "15; photographs 500"), ("arch", "small_cnn; photographs resnet50")):
+    for flag, default in (("steps-per-epoch", "digits 15, photographs 500"), ("lr", "digits 0.005, photographs 0.001")):
         line = shown[shown.index(f"--{flag} ") :].partition("(default: ")[2]
         assert " ".join(line.replace("│", " ").split()).startswith(default)
     assert len(help_of("naive_ft").splitlines()) <= 80

@@ -408,6 +408,20 @@ def test_bn_stats_are_the_mean_over_the_batches(mode, run_method):
     torch.testing.assert_close(names["model"].backbone[1].running_mean, want, atol=1e-4, rtol=1e-4)
 
 
+def test_bn_stats_are_those_of_the_network_that_is_evaluated(run_method, tmp_path, monkeypatch):
+    def dropping(channels, side):
+        network, features = small_cnn(channels, side)
+        return torch.nn.Sequential(torch.nn.Dropout(0.5), *network), features
+
+    small_cnn = models.SMALL["small_cnn"]
+    monkeypatch.setitem(models.SMALL, "small_cnn", dropping)
+    names = run_method("bn_adapt", "--mode", "stats", "--source-steps", "1", runs=tmp_path)[0]
+    first = names["source_model"].backbone[1]
+    epoch = [names["batches"](step)[0] for step in range(3, 6)]
+    want = torch.stack([first((images - 0.5) / 0.5).mean((0, 2, 3)) for images in epoch]).mean(0)
+    torch.testing.assert_close(names["model"].backbone[2].running_mean, want, atol=1e-4, rtol=1e-4)
+
+
 def test_bn_adapt_needs_batchnorm(run_method, capsys, monkeypatch):
     import models
 
@@ -438,7 +452,7 @@ def test_lp_ft_starts_from_the_probed_head(run_method):
     names = run_method("lp_ft", "--ft-lr-scale", "0", "--name", "probe only")[0]
     before, after = names["source_model"].state_dict(), names["model"].state_dict()
     assert {key for key in before if not torch.equal(before[key], after[key])} == {"head.weight", "head.bias"}
-    assert names["probe"] > names["run"].source["train_accuracy"]
+    assert names["probe"] > names["run"].lines[0]["train_accuracy"]
 
 
 def test_lp_ft_with_a_pull_and_no_probe_is_l2_sp(run_method):

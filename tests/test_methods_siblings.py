@@ -31,6 +31,7 @@ MAY_REPLACE = {
         LOAD,
         BATCHES,
         LOSS,
+        "model.train()",
         'layer.train(args.bn_mode == "train")',
         "optimizer.zero_grad()",
         "scaler.scale(loss).backward()",

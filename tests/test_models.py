@@ -135,6 +135,8 @@ def test_device_without_one():
             models.choose_device("cuda", "auto", "small_cnn")
     with pytest.raises(InputError, match="--device toaster"):
         models.choose_device("toaster", "auto", "small_cnn")
+    with pytest.raises(InputError, match=r"--device mps: .* gradients .* use cpu"):
+        models.choose_device("mps", "auto", "small_cnn")
 
 
 @pytest.mark.parametrize(
@@ -244,6 +246,41 @@ def test_one_static_graph_trains_a_compiled_model(arch, amp):
     assert len(graphs) == 1 and not (before == after).all()
     shapes = [node.meta["example_value"].shape for node in graphs[0].graph.nodes if node.op == "placeholder"]
     assert all(isinstance(side, int) for shape in shapes for side in shape)
+
+
+def test_evaluation_halves_its_batches_until_they_fit():
+    class Small(nn.Module):
+        def __init__(self, most):
+            super().__init__()
+            self.most, self.sizes, self.weight = most, [], nn.Parameter(torch.ones(1))
+
+        def forward(self, images, return_features):
+            self.sizes.append(len(images))
+            if len(images) > self.most:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return images.float().mean((1, 2, 3))[:, None]
+
+    images = torch.arange(20, dtype=torch.uint8).view(20, 1, 1, 1)
+    model = Small(6)
+    assert models.predict(model, images, batch_size=16).ravel().tolist() == list(range(20))
+    assert model.sizes == [16, 8, 4, 4, 4, 4, 4] and model.training
+    with pytest.raises(torch.OutOfMemoryError):
+        models.predict(Small(0), images)
+
+
+def test_images_of_the_source_obey_resident(tmp_path, monkeypatch):
+    task, asked = load_task("digits"), []
+    monkeypatch.setattr(task.source_train, "batches", lambda *args, resident: asked.append(resident))
+    with pytest.raises(TypeError):
+        models.source_model(task, "small_cnn", cache=tmp_path, resident="off")
+    assert asked == ["off"]
+
+
+def test_images_are_normalised_as_torchvision_says(monkeypatch):
+    monkeypatch.setattr(models, "original", lambda arch, weights: (torchvision.models.resnet18(), "fc"))  # a small one
+    for arch, mean in (("efficientnet_v2_l", [0.5, 0.5, 0.5]), ("efficientnet_v2_m", [0.485, 0.456, 0.406])):
+        model = models.build(arch, 3, (3, 32, 32), "none")
+        torch.testing.assert_close(model.mean.flatten(), torch.tensor(mean))
 
 
 @pytest.mark.parametrize(

@@ -134,10 +134,20 @@ def test_a_clip_of_a_new_head_has_its_classes(tiny):
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
 
 
+def test_a_clip_may_be_a_resnet(tiny, tmp_path):
+    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8}
+    (tmp_path / "tiny-resnet.json").write_text(json.dumps(replicas.TINY_CLIP | {"vision_cfg": vision}))
+    tiny[0].add_model_config(tmp_path / "tiny-resnet.json")
+    model = models.build("clip:tiny-resnet", 7, (3, 24, 24), "none").eval()
+    features = model(torch.zeros(2, 3, 24, 24), return_features=True)[1]
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(2))
+
+
 def test_what_is_wrong_with_a_clip_is_said(tiny, tmp_path):
     wrong = str(tmp_path / "wrong.pt")
     torch.save({"other": torch.zeros(1)}, wrong)
     for arch, weights, message in [
+        ("clip:coca_ViT-B-32", "none", "clip:coca_ViT-B-32: gives tokens .* take clip:ViT-B-32"),
         ("clip:ViT-B-33", "none", "--arch clip:ViT-B-33: open_clip has no such model; it has .*ViT-B-32"),
         ("clip:ViT-B-32", "mine", "--weights mine: neither a file nor a tag of open_clip's ViT-B-32; it has openai"),
         ("clip:ViT-B-32", None, "another activation than the weights openai; take clip:ViT-B-32-quickgelu"),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import replicas
 import torch
+import torchvision
 from conftest import ROOT
 
 import models
@@ -256,6 +257,18 @@ def test_export_to_onnx(adapted):
     about = {entry.key: entry.value for entry in onnx.load(folder / "model.onnx").metadata_props}
     assert about["classes"] == '["cup", "fork", "knife", "plate"]' and about["image_size"] == "32"
     assert "from 0 to 1" in about["preprocessing"]
+
+
+def test_attention_is_exported_to_onnx(tmp_path):
+    pytest.importorskip("onnx", reason=WHY)
+    pytest.importorskip("onnxruntime", reason=WHY)
+    vit = torchvision.models.VisionTransformer(32, 16, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=8)
+    vit.heads = torch.nn.Identity()
+    model, images = models.Classifier(vit, torch.nn.Linear(8, 3), [0.5], [0.5]).eval(), torch.rand(3, 3, 32, 32)
+    with torch.no_grad():
+        got = predict.export_onnx(model, images, tmp_path / "model.onnx", {})
+        torch.testing.assert_close(got, model(images), atol=1e-5, rtol=1e-5)
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_digits_are_predicted_in_gray(run_method, tmp_path):

@@ -33,7 +33,7 @@ import data
 import models
 from benchmark import error_in
 from eval import table
-from files import InputError, read_json, write_atomic
+from files import InputError, fail, read_json, write_atomic
 from limits import device_limits
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -151,7 +151,7 @@ def step_costs(options, folder):
     return [*rows, row_of(what, probes, updates, invert=True)]
 
 
-def probe_seconds(steps, batch_size=64):
+def probe_seconds(steps):
     """Seconds of lp_ft's probe on stored features, and of the same head updates through the network.
 
     Of the network only the head has gradients. On the default task, on a CPU.
@@ -161,9 +161,9 @@ def probe_seconds(steps, batch_size=64):
     model = models.build("small_cnn", len(task.classes), task.target_train.images.shape[1:])
     model = model.to(memory_format=torch.channels_last)
     _, features = models.predict(model, task.target_train.images, return_features=True)
-    batches, rng = task.target_train.batches(batch_size, "cpu", seed=0), torch.Generator().manual_seed(0)
+    batches, rng = task.target_train.batches(64, "cpu", seed=0), torch.Generator().manual_seed(0)
     start = time.perf_counter()
-    fit_head(model.head, torch.from_numpy(features), task.target_train.labels, steps, batch_size, 0.005, 5e-4, rng)
+    fit_head(model.head, torch.from_numpy(features), task.target_train.labels, steps, 64, 0.005, 5e-4, rng)
     middle = time.perf_counter()
     model.eval().backbone.requires_grad_(False)
     optimizer = torch.optim.SGD(model.head.parameters(), 0.005, 0.9, nesterov=True, weight_decay=5e-4, fused=True)
@@ -279,7 +279,6 @@ if __name__ == "__main__":
     try:
         measure_speed(options)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        fail(error)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
