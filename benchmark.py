@@ -77,6 +77,14 @@ class RunGrid:
     """print the commands of runs that are not finished, one a line, and run nothing"""
 
 
+def words_of(text):
+    """The words of flags in one text. Raises InputError at a quotation without an end."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise InputError(f"{text}: {error}") from error
+
+
 def flag_values(words):
     """{flag: value} of the words of a command, which may join the two by an equals sign, or write _ for -."""
     words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
@@ -89,7 +97,7 @@ def expand(pair, flags, flag="--pairs"):
     if pair.count(":") != 2:
         raise InputError(f"{flag} {pair}: write dataset:source:target, or dataset:source:all")
     dataset, source, target = pair.split(":")
-    given = flag_values(shlex.split(flags))
+    given = flag_values(words_of(flags))
     root, file = given.get("--data-root"), given.get("--source-checkpoint")
     try:
         names = data.targets(dataset, source, root) if target == "all" else [target]
@@ -103,12 +111,12 @@ def expand(pair, flags, flag="--pairs"):
 
 def cell_command(method, pair, split_seed, source_seed, seed, grid):
     """The plain command of one run, as a list of words."""
-    script, *own_flags = shlex.split(method)
+    script, *own_flags = words_of(method)
     dataset, source, target = pair.split(":")
     where = ["--dataset", dataset, "--source", source, "--target", target, "--runs-dir", grid.runs_dir]
     which = ["--split-seed", str(split_seed), "--seed", str(seed)]
     which += ["--source-seed", str(source_seed)] if source_seed else []
-    return ["python", f"methods/{script}.py", *where, *which, *own_flags, *shlex.split(grid.flags)]
+    return ["python", f"methods/{script}.py", *where, *which, *own_flags, *words_of(grid.flags)]
 
 
 def check_methods(methods):
@@ -146,7 +154,8 @@ def error_in(text):
 
 def run_cells(waiting, jobs, bar):
     """Run the commands, `jobs` at a time; returns a text for each that failed. A signal ends them, saved."""
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(1, cores // jobs)
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     children, stopped, failures = [], Event(), []
@@ -267,10 +276,10 @@ def collect(folders, over_targets=False):
     """{task: {method: {(unit, target, split seed, source seed, seed): run}}} of all finished runs but pseudo splits.
 
     A run is what eval.read_run returns. over_targets makes one task of all targets of a source. Intervals are over
-    units: the targets of such a task, else the split seeds. Raises InputError if runs of one method and task differ in
-    more than seeds, or runs of one task in their classes.
+    units: the targets of such a task, else the splits, of which some seeds may give the same. Raises InputError if runs
+    of one method and task differ in more than seeds, or runs of one task in their classes.
     """
-    tasks, settings, classes = {}, {}, {}
+    tasks, settings, classes, splits, starts = {}, {}, {}, {}, {}
     not_compared = {*SEEDS, *(["target"] if over_targets else [])}
     for path in sorted(path for folder in folders for path in folder.rglob("done.json")):
         done = read_json(path)
@@ -289,11 +298,15 @@ def collect(folders, over_targets=False):
         if run["classes"] != classes.setdefault(task, run["classes"]):
             raise InputError(f"{path.parent}: over other classes than the other runs of {task}; report them apart")
         runs = tasks.setdefault(task, {}).setdefault(method, {})
-        unit = args["target"] if over_targets else args["split_seed"]
+        split = done.get("images", {}).get("test", args["split_seed"])
+        unit = args["target"] if over_targets else splits.setdefault((task, split), args["split_seed"])
         key = (unit, args["target"], *(args[name] for name in SEEDS))
         if key in runs:
             raise InputError(f"{path.parent}: the same run as {runs[key]['run']}")
         runs[key] = run | {"pool": done.get("unlabelled_images", 0)}
+        starts.setdefault(task, {}).setdefault(key, set()).add(run["source"]["overall"])
+    for task in (task for task, cells in starts.items() if any(len(figures) > 1 for figures in cells.values())):
+        print(f"warning: {task}: methods started from other source models, or had other test images", file=sys.stderr)
     if not tasks:
         raise InputError(f"no finished run below {', '.join(map(str, folders))}")
     return tasks
@@ -525,7 +538,7 @@ def plain_commands(options):
         command = cell_command(method, options.pair, *seeds, options)
         if "--oracle" in command:
             raise InputError(f"--methods {method}: an oracle learns from labels of unseen classes; leave it out")
-        script, *flags = shlex.split(f"{method} {options.flags}")
+        script, *flags = words_of(f"{method} {options.flags}")
         name = flag_values(flags).get("--name", script)
         if name in commands:
             raise InputError(f"--methods {method}: {name} is there already; give this one another --name")

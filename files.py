@@ -46,16 +46,19 @@ def write_atomic(path, write):
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
-        if hasattr(os, "O_DIRECTORY"):  # the new name is on the disk only when the folder is
-            folder = os.open(path.parent, os.O_DIRECTORY)
-            os.fsync(folder)
-            os.close(folder)
     except OSError as error:
         why = error.strerror or error
         raise InputError(f"{path}: cannot be written ({why}); what it held is still there") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+    if hasattr(os, "O_DIRECTORY"):  # the new name is on the disk only when the folder is
+        with contextlib.suppress(OSError):  # some network file systems cannot tell
+            folder = os.open(path.parent, os.O_DIRECTORY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
 
 def write_text(path, text):
@@ -146,8 +149,8 @@ def take_lock(path, owned, wait=False):
         lock.acquire(timeout=-1 if wait else 0)
     except filelock.Timeout:
         return None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be made ({error.strerror})") from error
+    except (OSError, NotImplementedError) as error:  # the latter where a file system has no locks
+        raise InputError(f"{path}: cannot be made ({getattr(error, 'strerror', error)})") from error
     for temporary in path.parent.glob(f".{owned}.tmp"):
         temporary.unlink(missing_ok=True)
     return lock

@@ -295,6 +295,7 @@ def train_source(model, task, seed, checkpoint, resident, steps, batch_size, lr,
     from the Checkpoint where it has a content."""
     device = model.mean.device
     batch_size = min(batch_size, len(task.source_train.labels))
+    resident = "off" if resident == "off" else "auto"  # on is for the target's, which are fewer
     batches = task.source_train.batches(batch_size, device, seed, resident=resident)
     rates = [{"params": model.backbone.parameters(), "lr": backbone_lr}, {"params": model.head.parameters(), "lr": lr}]
     optimizer = torch.optim.SGD(rates, momentum=0.9, nesterov=True, weight_decay=5e-4)

@@ -101,6 +101,18 @@ def fingerprint(model, task):
     return digest.hexdigest()
 
 
+def digests(task):
+    """Digests of a task's images (if in files: which of how many) and labels: "train", and "test" with what is seen."""
+    found = {}
+    for name, split, seen in (("train", task.target_train, b""), ("test", task.target_test, bytes(task.seen.numpy()))):
+        images, digest = split.images, hashlib.sha256(seen)
+        filed = isinstance(images, data.Images)
+        digest.update(images.index.tobytes() + b"%d" % len(images.pixels) if filed else images.numpy().tobytes())
+        digest.update(split.labels.numpy())
+        found[name] = digest.hexdigest()[:16]
+    return found
+
+
 def agree(old, new):
     """Whether figures that were written are those computed now, up to rounding; old may lack some, or be damaged."""
     try:
@@ -173,9 +185,10 @@ def record_of(args, script, classes):
         record["script"] = script
     if args.dataset == "folder" and args.data_root is None:
         record["data_root"] = str(data.home("folder", None))
-    if args.source_checkpoint and os.path.isfile(args.source_checkpoint):
-        content = hashlib.sha256(Path(args.source_checkpoint).read_bytes())
-        record["source_checkpoint_sha256"] = content.hexdigest()[:16]
+    for name in ("source_checkpoint", "weights"):
+        file = getattr(args, name)
+        if file and os.path.isfile(file):
+            record[f"{name}_sha256"] = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
     if os.path.isfile(args.seen_classes):
         listed = set(data.read_names(args.seen_classes, "--seen-classes"))
         record["seen_classes"] = json.dumps([name for name in classes if name in listed])
@@ -234,7 +247,7 @@ class Run:
         """The args, with the task's recipe in place of every None. Ends the program where the folder holds a finished
         run with these arguments, which is shown, or where another process works in it (exit code 3). Raises InputError
         if it holds a run with other arguments."""
-        self.task = task
+        self.task, self.images_of_task = task, digests(task)
         known = {name: getattr(task, name) for name in ("source", "target", "seen_classes")} | task.recipe
         known |= {f"source_{name}": value for name, value in task.source_recipe.items()}
         known["batch_size"] = min(known["batch_size"], len(task.target_train.labels))
@@ -277,7 +290,10 @@ class Run:
             raise InputError(f"{error}; --overwrite runs it again") from error
         if not all(agree(done.get(part), run[part]) for part in ("source", "final")):
             raise InputError(f"{self.folder}: logits.npz does not give what done.json has; pass --overwrite")
-        (self.folder / "checkpoint.pt").unlink(missing_ok=True)  # if it was killed between its last two steps
+        if done.get("images", self.images_of_task) != self.images_of_task:
+            raise InputError(f"{self.folder} holds a run on other images; pass --overwrite, --name or --runs-dir")
+        with contextlib.suppress(OSError):  # it is there if the run was killed between its last two steps
+            (self.folder / "checkpoint.pt").unlink()
         print(f"already finished (--overwrite runs it again): {self.folder}\n{result_table(run)}")
         raise SystemExit(0)
 
@@ -423,6 +439,7 @@ class Run:
         command = shlex.join(["python", script, *sys.argv[1:]])
         done = {"source": self.source["figures"], "final": final, "args": self.record, "command": command}
         done |= {"from_recipe": self.from_recipe, "tested_on_training_images": test is train, "calibration": gamma}
+        done["images"] = self.images_of_task
         done["unlabelled_images"] = len(self.task.target_unlabelled.labels) if self.task.target_unlabelled else 0
         done |= {"seconds": time.perf_counter() - self.started, "versions": versions(model)}
         files.write_text(self.folder / "done.json", json.dumps(done, indent=2))

@@ -43,14 +43,14 @@ from .flags import (
     known_classes,
     read_names,
 )
-from .folder import FOLDER, Domain, model_as_source, plain_domains
+from .folder import FOLDER, PHOTO_RECIPE, Domain, model_as_source, plain_domains
 from .glyphs import GLYPHS, glyphs
 from .images import Images, open_images, pick
 from .inat_fungi import INAT_FUNGI
 from .iwildcam import IWILDCAM
 from .office_home import OFFICE_HOME
 from .splits import pseudo_task, split_domain, split_target
-from .unlabelled import image_files, pool_concerns, read_shares, without_labels
+from .unlabelled import check_other_images, image_files, pool_concerns, read_shares, without_labels
 from .vtab import VTAB
 
 __all__ = ["LEAST", "MOST", "Batches", "PoolArgs", "Split", "TaskArgs", "by_recipe", "change_colours", "check_flag"]
@@ -222,9 +222,12 @@ def load_domain(domain, args, more=()):
         return None, None
     found = Domain(*found)
     if isinstance(found.images, list):
-        size = entry["recipe"]["image_size"] if args.image_size is None else args.image_size
+        usual = entry["recipe"].get("image_size", PHOTO_RECIPE["image_size"])
+        size = usual if args.image_size is None else args.image_size
         name, caches = f"{args.dataset}-{domain}", cache_folders(args, root)
         fit = "crop" if (args.arch or entry["recipe"]["arch"]).startswith("clip:") else "squash"
+        if more:
+            check_other_images(more, [root / file for file in found.images])
         images, good = open_images(name, root, [*found.images, *more], size, caches, args.skip_bad_images, fit)
         count = np.count_nonzero(good < len(found.images))
         own, others = (images.subset(part) for part in (slice(count), slice(count, None)))
@@ -264,10 +267,6 @@ def load_task(args, pool=False):
     if args.split_seed < 0:
         raise InputError(f"--split-seed {args.split_seed}: must be 0 or more")
     entry = DATASETS[args.dataset]
-    if args.image_size is not None and "image_size" not in entry["recipe"]:
-        raise InputError(
-            f"--image-size {args.image_size}: the images of {args.dataset} have one size; leave the flag out"
-        )
     source, target = choose_domains(args, domains)
     named = known_classes(args)
     whole = load_domain(source, args)[0] if source in domains else None

@@ -1,5 +1,6 @@
 """An image file to uint8 pixels."""
 
+import contextlib
 import os
 
 import numpy as np
@@ -31,7 +32,8 @@ def read_image(path, size, fit="squash"):
 
 def to_rgb(image):
     image.load()
-    ImageOps.exif_transpose(image, in_place=True)
+    with contextlib.suppress(Exception):  # a damaged block turns nothing
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):
         deep = np.asarray(image).astype(np.int64)
         image = Image.fromarray((np.clip(deep, 0, 65535) / 257).round().astype(np.uint8))

@@ -53,8 +53,11 @@ def need(path, about):
 
 
 def entries(folder):
-    """Names in a folder that are no hidden files, sorted."""
-    return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    """Names in a folder that are no hidden files, sorted. Raises InputError if it cannot be read."""
+    try:
+        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read ({error.strerror})") from error
 
 
 def folders(folder):
@@ -72,8 +75,9 @@ def class_tree(root, below):
     for name in classes_of(root / below):
         within = entries(root / below / name)
         found = [file for file in within if file.lower().endswith(EXTENSIONS)]
-        if within and not found:
-            print(f"warning: {root / below / name}: no image in it ({', '.join(EXTENSIONS)})", file=sys.stderr)
+        if len(found) < len(within):
+            other = f"{len(within) - len(found)} of {len(within)} files are no images ({', '.join(EXTENSIONS)})"
+            print(f"warning: {root / below / name}: {other}", file=sys.stderr)
         files += [f"{below}/{name}/{file}" for file in found]
         names += [name] * len(found)
     return files, names
@@ -117,7 +121,8 @@ With --source-checkpoint FILE the target is enough: the classes are those that t
 def domains(root):
     """The folders of root that hold folders, but for `runs`: programs put their results there."""
     names = folders(root) if need(root, ABOUT).is_dir() else []
-    found = [name for name in names if name != "runs" and folders(root / name)]
+    readable = [name for name in names if os.access(root / name, os.R_OK | os.X_OK)]  # not a disk's lost+found
+    found = [name for name in readable if name != "runs" and folders(root / name)]
     if not found:
         raise InputError(f"{root}: no folder with class folders in it\n\n{ABOUT.strip()}")
     return tuple(found)

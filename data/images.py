@@ -31,7 +31,7 @@ from files import InputError, take_lock, write_text
 
 from .decode import read_image
 
-CACHE_VERSION = 3  # raise it when read_image gives other pixels for the same file, or what is kept changes
+CACHE_VERSION = 4  # raise it when read_image gives other pixels for the same file, or what is kept changes
 CHUNK = 32  # images that a thread decodes at a time
 
 
@@ -164,8 +164,7 @@ def good_files(sums, report, name, root, skip_bad):
 
 def list_key(root, files, size, fit):
     """(key of the list, indices of files that are not there). files: paths below root, as str."""
-    kind = f"{CACHE_VERSION} {size}\n" if fit == "squash" else f"{CACHE_VERSION} {size} {fit}\n"
-    digest, missing = hashlib.sha256(kind.encode()), []
+    digest, missing = hashlib.sha256(f"{CACHE_VERSION} {size} {fit}\n".encode()), []
     for i, name in enumerate(files):
         try:
             stat = os.stat(os.path.join(root, name))

@@ -40,6 +40,7 @@ def read(root):
             row["place"], row["sequence"] = row["location_remapped"], row["sequence_remapped"]
             if row["y"] not in names:
                 raise ValueError(f"y {row['y']} is not in categories.csv")
+            rows[number - 2] = {name: row[name] for name in ("split", "y", "file", "place", "sequence")}
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{home(root)}: metadata.csv or categories.csv is not that of WILDS 2.0 ({error!r})"

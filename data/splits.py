@@ -83,7 +83,9 @@ def pseudo_task(task, split_seed, number):
         raise InputError(f"--pseudo-split {number}: no image is left to train on; take another --split-seed")
     pool = task.target_unlabelled
     if pool is not None:  # its first images are target_train's: those for testing leave it, too
-        rest = np.setdiff1d(train, shown)
-        pool = pool.take(np.concatenate([shown, rest, np.arange(len(labels), len(pool.labels))]))
+        rest, more = np.setdiff1d(train, shown), np.arange(len(labels), len(pool.labels))
+        if pool.group is not None:
+            more = more[~np.isin(pool.group[more], split.group[test])]
+        pool = pool.take(np.concatenate([shown, rest, more]))
     parts = {"target_train": split.take(shown), "target_test": split.take(test), "target_unlabelled": pool}
     return replace(task, seen=torch.from_numpy(seen), **parts)

@@ -4,6 +4,7 @@ These are the target's training images of every class, and those in ROOT/TARGET/
 --unlabelled FOLDER they are the labelled images and those in that folder. All come without their labels.
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -19,21 +20,26 @@ from .images import Images
 def image_files(unlabelled, target_folder):
     """The files of the images that are in no class folder. target_folder: of the target, with its folder `unlabelled`.
 
-    Raises InputError if a folder that was asked for has none, or is of the target's own images.
+    Raises InputError if a folder that was asked for has none.
     """
-    target_folder = Path(target_folder).resolve()
-    folder = Path(unlabelled or target_folder / "unlabelled").resolve()
-    if target_folder in (folder, *folder.parents) and folder != target_folder / "unlabelled":
-        raise InputError(
-            f"--unlabelled {folder}: is of the target's own images, and no pool may have those that it tests on; "
-            "without the flag the pool has its training images of every class"
-        )
+    folder = Path(unlabelled or Path(target_folder) / "unlabelled").resolve()
     if unlabelled is None and not folder.is_dir():
         return []
     found = [name for name in entries(folder) if name.lower().endswith(EXTENSIONS)] if folder.is_dir() else []
     if unlabelled and not found:
         raise InputError(f"--unlabelled {folder}: no image directly in it ({', '.join(EXTENSIONS)})")
     return [str(folder / name) for name in found]
+
+
+def check_other_images(more, own):
+    """Raise InputError if files of the list `more` are the target's `own`, by whatever path."""
+    own = {(stat.st_dev, stat.st_ino) for stat in map(os.stat, filter(os.path.exists, own))}
+    shared = [file for file, stat in zip(more, map(os.stat, more), strict=True) if (stat.st_dev, stat.st_ino) in own]
+    if shared:
+        raise InputError(
+            f"--unlabelled {Path(shared[0]).parent}: {len(shared)} of the target's own images are in it, and no pool "
+            "may have what it tests on; without the flag the pool has its training images of every class"
+        )
 
 
 def without_labels(split, more=None):

@@ -80,6 +80,8 @@ def unkind(kind, split, seen, seed):
 
 
 def main(kind, script, *flags):
+    if "--name" not in flags:  # its run is not the script's
+        flags = (*flags, "--name", f"{Path(script).stem}_{kind}")
     load_task, read_shares, counts = data.load_task, data.read_shares, {}
 
     def load(args, pool=False):

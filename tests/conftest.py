@@ -53,6 +53,17 @@ def quick_source(monkeypatch):
             monkeypatch.setitem(entry, "source_recipe_for", lambda images, entry=entry: entry["source_recipe"])
 
 
+@pytest.fixture(autouse=True)
+def torch_as_it_was():
+    """Threads and precision, which scripts set for their process."""
+    import torch
+
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)
+
+
 @functools.cache
 def few_digits(domain, root=None):
     """Every third image of `digits`, read once."""

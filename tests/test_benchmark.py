@@ -513,7 +513,7 @@ def test_a_grid_skips_what_is_done_and_names_what_fails(tmp_path, runs_dir, run_
 def test_threads_are_a_share_of_the_cores_or_what_the_user_says(exported, threads, tmp_path, monkeypatch):
     (tmp_path / "cell.py").write_text("import os, sys; sys.exit(os.environ['OMP_NUM_THREADS'])")
     monkeypatch.setattr(benchmark, "HERE", tmp_path)
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8), raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if exported:
         monkeypatch.setenv("OMP_NUM_THREADS", exported)
@@ -527,15 +527,15 @@ def test_a_signal_ends_the_grid_and_its_runs_saved(number, tmp_path, runs_dir, r
     source = next((runs_dir / "source_models").glob("digits-mnist-small_cnn-*.pt"))
     words = ["run", "--methods", "naive_ft", "--pairs", "digits:mnist:optdigits", "--split-seeds", "0-1"]
     words += ["--runs-dir", str(tmp_path)]
-    words += [f"--flags=--epochs 1 --steps-per-epoch 1000000 --device cpu --source-checkpoint {source}"]
+    words += [f"--flags=--epochs 1 --steps-per-epoch 1000000 --checkpoint-every 0.0001 --source-checkpoint {source}"]
     command = [sys.executable, str(ROOT / "benchmark.py"), *words]
     before = signal.signal(number, signal.default_int_handler)  # a program inherits what its parent ignores
     program = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     signal.signal(number, before)
     deadline = time.monotonic() + 100
-    while not (logs := list(tmp_path.rglob("log.jsonl"))) and time.monotonic() < deadline:
+    while not list(tmp_path.rglob("checkpoint.pt")) and time.monotonic() < deadline:
         time.sleep(0.01)
-    time.sleep(1)  # some steps
+    logs = list(tmp_path.rglob("log.jsonl"))
     os.killpg(program.pid, number)  # to its whole group, as a terminal and timeout do
     _, errors = program.communicate(timeout=60)
     assert program.returncode == 130 and "stopped; the same command goes on where it was" in errors
@@ -572,3 +572,38 @@ def test_a_killed_grid_goes_on_and_two_copies_share_the_work(tmp_path, runs_dir,
         lines = (run / "log.jsonl").read_text().splitlines()
         assert [json.loads(line)["epoch"] for line in lines] == [0, 1] and read_run(run)["final"]["overall"] > 0
         assert not list(run.glob(".*.tmp")) and not (run / "checkpoint.pt").exists()
+
+
+def test_a_mean_curve_ends_where_the_runs_do(tmp_path):
+    from results import figures
+
+    runs = [read_run(fake_run(tmp_path, "mine", k, 60 + 20 * k)) for k in (0, 1)]
+    seen, unseen = figures.mean_curve(runs)
+    ends = [np.mean([run["final"][name] for run in runs]) for name in ("seen_among_seen", "unseen_among_unseen")]
+    assert (seen[0], unseen[-1]) == pytest.approx(tuple(ends)) and unseen[0] == seen[-1] == 0
+
+
+def test_seeds_that_give_the_same_split_count_once(tmp_path, capsys):
+    """As with a published split and published seen classes: ten equal runs are no ten splits."""
+    for k, split in enumerate(("x", "x", "y")):
+        path = fake_run(tmp_path, "mine", k, 60 + 6 * k) / "done.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"images": {"test": split}}))
+    (row,) = [row for row in benchmark.rows_of(benchmark.collect([tmp_path]), "mine") if row["method"] == "mine"]
+    assert row["runs"] == 3 and row["overall"] == pytest.approx((63 + 72) / 2)
+    assert row["overall_pm"] == pytest.approx(12.706205 * 9 / 2, rel=1e-4)  # t(0.975, 1), s / sqrt 2 = 9 / 2
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_methods_with_other_source_models_are_named(tmp_path, capsys):
+    fake_run(tmp_path, "mine", 0, 60)
+    path = fake_run(tmp_path, "other", 0, 60) / "logits.npz"
+    with np.load(path) as file:
+        arrays = dict(file)
+    np.savez(path, **arrays | {"source_test_logits": arrays["test_logits"]})
+    benchmark.collect([tmp_path])
+    assert "warning: d a to b, 2 seen: methods started from other source models" in capsys.readouterr().err
+
+
+def test_a_quotation_without_an_end(run_benchmark):
+    code, _, errors = run_benchmark("run", "--print-commands", "--flags=--data-root /home/o'brien")
+    assert code == 2 and errors == "error: --data-root /home/o'brien: No closing quotation\n"

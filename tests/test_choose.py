@@ -116,3 +116,11 @@ def test_a_damaged_pseudo_split_is_one_line(tmp_path, run_benchmark):
     words = ("choose", *PAIR, "--methods", "lolsgd", "--pseudo-splits", 1, "--runs-dir", tmp_path)
     code, printed, errors = run_benchmark(*words)
     assert code == 2 and not printed and errors.splitlines()[-1].startswith(f"error: {damaged}: not the complete")
+
+
+def test_a_pseudo_split_is_found_by_all_its_seeds(tmp_path):
+    folder = tmp_path / "digits" / "mnist-optdigits"
+    fake_run(folder, "l2_sp", 2, 60, seed=3, source_seed=4, pseudo=1, **TASK)
+    seeds = {"split_seed": 2, "seed": 3, "source_seed": 4, "runs_dir": str(tmp_path)}
+    run = benchmark.pseudo_run("l2_sp", 1, benchmark.Choose("digits:mnist:optdigits", **seeds))
+    assert run["final"]["overall"] == pytest.approx(60)

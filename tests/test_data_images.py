@@ -481,3 +481,37 @@ def test_flowers_are_fetched_each_file_to_its_place(server, tmp_path, monkeypatc
     asked = Ranges.asked
     data.vtab.download("flowers102", new / "vtab")
     assert Ranges.asked == asked, "what is there is not fetched again"
+
+
+def test_of_inaturalist_the_fungi_alone_are_unpacked(server, tmp_path, monkeypatch):
+    url, www = server
+    replicas.inat_fungi(www)
+    for folder, name in (("2021_train_mini", "train_mini"), ("val", "val")):
+        with tarfile.open(www / f"{name}.tar.gz", "w:gz") as file:
+            file.add(www / "inat_fungi" / folder, name)
+    here = {domain: (name, None) for domain, (name, _) in data.inat_fungi.ARCHIVES.items()}
+    monkeypatch.setattr(data.inat_fungi, "URL", url)
+    monkeypatch.setattr(data.inat_fungi, "ARCHIVES", here)
+    assert len(load_task("inat_fungi", data_root=tmp_path / "new", image_size=8, download=True).classes) == 4
+    names = [path.name for path in (tmp_path / "new" / "inat_fungi" / "train_mini").iterdir()]
+    assert len(names) == 4 and all("_Fungi_" in name for name in names)
+
+
+def test_caltech_is_an_archive_in_an_archive(server, tmp_path, monkeypatch):
+    (url, www), inner = server, "101_ObjectCategories"
+    replicas.tree(www / inner, ["accordion", "wild_cat"], 2)
+    with tarfile.open(www / f"{inner}.tar.gz", "w:gz") as file:
+        file.add(www / inner, inner)
+    with zipfile.ZipFile(www / "caltech-101.zip", "w") as file:
+        file.write(www / f"{inner}.tar.gz", f"caltech-101/{inner}.tar.gz")
+    monkeypatch.setitem(data.vtab.ARCHIVES, "caltech101", [(f"{url}caltech-101.zip", None, "caltech101/caltech-101")])
+    data.vtab.download("caltech101", tmp_path / "vtab")
+    assert len(list((tmp_path / "vtab" / "caltech101" / inner).rglob("*.jpg"))) == 4
+    with pytest.raises(InputError, match="resisc45 has no stable address"):
+        data.vtab.download("resisc45", tmp_path / "vtab")
+
+
+def test_a_damaged_exif_block_turns_nothing(tmp_path):
+    for name, block in (("jpg", b"Exif\0\0no header"), ("png", b"neither")):
+        save(tmp_path / f"x.{name}", exif=block)
+        assert np.abs(decode.read_image(tmp_path / f"x.{name}", 8).astype(int) - RED).max() < 9

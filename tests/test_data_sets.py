@@ -1,6 +1,7 @@
 """Every data set in its published layout, read and run through the command line."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -453,9 +454,59 @@ def test_a_pair_for_every_target(root):
 
 
 def test_image_size_is_an_error_where_it_means_nothing(load):
-    with pytest.raises(InputError, match="--image-size 64: the images of digits have one size"):
+    with pytest.raises(InputError, match="--image-size 64: the images of mnist have one size"):
         load_task("digits", image_size=64)
     with pytest.raises(InputError, match="--image-size 64: the images of cifar100 have one size"):
         load("vtab", "clip", "cifar100", image_size=64)
     with pytest.raises(InputError, match="--download: not offered for digits"):
         load_task("digits", download=True)
+
+
+def test_a_folder_of_runs_is_no_domain(tmp_path):
+    for name in ("a", "b", "runs"):
+        replicas.tree(tmp_path / name, ["x", "y"], 4)
+    assert data.domain_names("folder", tmp_path) == ("a", "b")
+
+
+def test_a_class_with_a_single_image(tmp_path):
+    replicas.tree(tmp_path / "a", ["x", "y", "z"], 4)
+    replicas.photo(tmp_path / "a" / "lone" / "0.jpg", 3)
+    replicas.tree(tmp_path / "b", ["x", "y"], 4)
+    replicas.photo(tmp_path / "b" / "z" / "0.jpg", 2)
+    task, whole = (load_task("folder", "a", "b", data_root=tmp_path, image_size=16, test_share=s) for s in (None, 0.0))
+    assert task.seen.tolist() == [False, True, True, False] and 3 in task.target_test.labels
+    assert whole.seen.tolist() == [False, True, True, True] and len(whole.target_train.labels) == 9
+    assert (task.source_train.labels == 0).sum() == 1 and not (task.source_test.labels == 0).any()
+
+
+def test_iwildcam_may_lie_in_either_folder(tmp_path):
+    replicas.iwildcam(tmp_path)
+    inner, found = tmp_path / "iwildcam" / "iwildcam_v2.0", []
+    for _ in range(2):
+        data.iwildcam.read.cache_clear()
+        found.append(load_task("iwildcam", target="7", data_root=tmp_path, image_size=16).target_test.images[:])
+        for path in [*inner.iterdir()] if inner.exists() else ():
+            path.rename(tmp_path / "iwildcam" / path.name)
+        if inner.exists():
+            inner.rmdir()
+    assert torch.equal(*found)
+
+
+def test_files_that_are_no_images_are_said_and_folders_that_cannot_be_read(tmp_path, capsys, monkeypatch):
+    for name in ("a", "b"):
+        replicas.tree(tmp_path / name, ["x", "y"], 4)
+    (tmp_path / "b" / "y" / "scan.tif").write_bytes(b"no matter")
+    load_task("folder", "a", "b", data_root=tmp_path, image_size=16, seen_classes="1")
+    assert "b/y: 1 of 5 files are no images (.jpg, .jpeg" in capsys.readouterr().err
+    (tmp_path / "lost+found").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: "lost" not in str(path))  # root may read everything
+    assert data.domain_names("folder", tmp_path) == ("a", "b")
+    monkeypatch.setattr(os, "listdir", lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    with pytest.raises(InputError, match=r"cannot be read \(Permission denied\)"):
+        data.domain_names("folder", tmp_path)
+
+
+def test_a_set_of_files_may_have_the_recipe_of_small_images(root, monkeypatch):
+    monkeypatch.setitem(data.DATASETS["inat_fungi"], "recipe", data.digits.__globals__["SMALL_RECIPE"])
+    task = load_task("inat_fungi", data_root=root, image_size=16)
+    assert task.target_test.images.shape[1:] == (3, 16, 16)

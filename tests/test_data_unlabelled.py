@@ -43,7 +43,7 @@ def pixels(split):
 
 
 WHOLE = [(dataset, None) for dataset in SETS]
-PSEUDO = [(dataset, k) for dataset in SETS if dataset not in ("femnist", "vtab") for k in (0, 1)]
+PSEUDO = [(dataset, k) for dataset in SETS if dataset not in ("glyphs", "femnist", "vtab") for k in (0, 1)]
 
 
 @pytest.mark.parametrize("dataset, pseudo_split", WHOLE + PSEUDO)
@@ -130,12 +130,47 @@ def test_a_bad_image_of_the_heap_is_named_or_left_out(folders):
 
 def test_a_heap_that_cannot_be(folders, tmp_path):
     (tmp_path / "empty").mkdir()
-    for name in ("empty", "absent"):
+    for name in ("empty", "absent", "b"):
         with pytest.raises(InputError, match=rf"--unlabelled .*{name}: no image directly in it"):
             load_folders(folders, str(tmp_path / name))
-    for name in ("b", "b/x"):
-        with pytest.raises(InputError, match=r"--unlabelled .*: is of the target's own images, and no pool"):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "own.jpg").symlink_to(folders / "b" / "x" / "00000.jpg")
+    for name, count in (("b/x", 10), ("links", 1)):
+        with pytest.raises(InputError, match=rf"--unlabelled .*: {count} of the target's own images are in it"):
             load_folders(folders, str(folders / name))
     assert len(load_folders(folders, str(folders / "b" / "unlabelled")).target_unlabelled.labels) == 19
     with pytest.raises(InputError, match="--unlabelled: digits is not of image files"):
         data.load_task(Args(unlabelled=str(folders / "heap")), pool=True)
+
+
+def test_a_script_learns_from_a_heap_and_warns(folders, run_method, tmp_path_factory, capsys):
+    flags = ("--dataset", "folder", "--data-root", str(folders), "--source", "a", "--target", "b")
+    flags += ("--arch", "small_cnn", "--image-size", "16", "--batch-size", "8", "--unlabelled", str(folders / "heap"))
+    names = run_method("infomax", *flags, runs=tmp_path_factory.mktemp("runs"))[0]
+    assert len(names["task"].target_unlabelled.labels) == len(names["task"].target_train.labels) + 5
+    assert "warning: unlabelled images: 5 besides the labelled ones are few" in capsys.readouterr().err
+
+
+def test_a_heap_is_none_of_the_images_of_a_set_that_keeps_them_elsewhere(root):
+    place = {"data_root": str(root), "image_size": 16}
+    flowers = next((root / "vtab").glob("flowers*/jpg"))
+    args = Args("vtab", "clip", "flowers102", unlabelled=str(flowers), **place)
+    with pytest.raises(InputError, match="of the target's own images are in it"):
+        data.load_task(args, pool=True)
+    heap = next((root / "iwildcam").rglob("train"))
+    with pytest.raises(InputError, match="36 of the target's own images are in it"):
+        data.load_task(Args("iwildcam", "train", "7", unlabelled=str(heap), **place), pool=True)
+
+
+def test_a_sequence_that_a_pseudo_split_tests_on_leaves_the_pool():
+    """Also where it shows a class besides that is not labelled: an animal and an empty frame."""
+    images = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1)
+    labels, group = torch.arange(40) % 4, np.arange(40) // 4  # each group of four images shows all four classes
+    split = data.Split(images, labels, {}, group)
+    labelled = split.take(np.flatnonzero(labels < 3))
+    unlabelled = split.take(np.concatenate([np.flatnonzero(labels < 3), np.flatnonzero(labels == 3)]))
+    pool = data.Split(unlabelled.images, torch.full((40,), -1), {}, unlabelled.group)
+    seen = torch.tensor([True, True, True, False])
+    task = data.Task("d", "a", "b", list("wxyz"), seen, None, None, labelled, labelled, {}, {}, "3", pool)
+    pseudo = data.splits.pseudo_task(task, 0, 0)
+    assert len(pseudo.target_test.labels) and not set(pseudo.target_unlabelled.group) & set(pseudo.target_test.group)

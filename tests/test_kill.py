@@ -95,6 +95,8 @@ def moment(method, runs_dir):
     import torch
 
     folder = folder_of(method, runs_dir)
+    if (folder / "done.json").exists():
+        return "finished"
     if list(runs_dir.rglob(".*.tmp")):
         return "writing"
     if not list(runs_dir.rglob("source_models/*.pt")):
@@ -103,6 +105,11 @@ def moment(method, runs_dir):
         return "before the first step"
     content = torch.load(io.BytesIO((folder / "checkpoint.pt").read_bytes()), weights_only=True)
     return "evaluation" if content["steps"] == len(content["lines"]) * STEPS else "adaptation"
+
+
+def hits(moments):
+    """Kills that had something to spoil."""
+    return moments.total() - moments["loading"] - moments["finished"]
 
 
 def kill_loop(method, kills, seed, base):
@@ -119,12 +126,12 @@ def kill_loop(method, kills, seed, base):
     want = result(method, base / "reference")
     assert [line["epoch"] for line in want[1]] == list(range(EPOCHS + 1))
     runs, patience = 0, 1.0
-    while moments.total() < kills or runs == 0:
+    while hits(moments) < kills or runs == 0:
         runs += 1
         runs_dir = base / f"run{runs}"
         while True:
             process = start(method, runs_dir)
-            if moments.total() < kills:
+            if hits(moments) < kills:
                 process.join(patience * (0.8 * loading + rng.uniform(0, 0.7 * length)))
             else:
                 process.join()
@@ -148,8 +155,7 @@ def kill_loop(method, kills, seed, base):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_killed_runs_end_in_the_same_bits(method, tmp_path):
-    moments, _, _ = kill_loop(method, 1, 0, tmp_path)
-    assert moments.total() == 1
+    kill_loop(method, 1, 0, tmp_path)
 
 
 def test_starts_at_the_same_time(tmp_path):
@@ -176,5 +182,5 @@ if __name__ == "__main__":
     for name in options.methods:
         with tempfile.TemporaryDirectory() as folder:
             counts, finished, seconds = kill_loop(name, options.kills, options.seed, Path(folder))
-        print(f"{name}: {counts.total()} kills in {finished} runs of {seconds:.1f} s, the same bits in the end;")
+        print(f"{name}: {hits(counts)} kills in {finished} runs of {seconds:.1f} s, the same bits in the end;")
         print("   ", ", ".join(f"{moment} {n}" for moment, n in counts.most_common()), flush=True)

@@ -187,3 +187,19 @@ def test_the_share_is_a_running_mean_towards_the_prior(run_method):
         shares.append(torch.as_tensor(logits).softmax(1)[:, names["task"].seen].sum(1).mean().item())
         assert len(names["state"]["shares"]) == 2 and not any(mean.requires_grad for mean in names["state"]["shares"])
     assert shares[0] < shares[1], "who expects seen classes gets them"
+
+
+def test_each_step_goes_back_to_the_source_by_pull_times_the_backbones_rate(run_method, monkeypatch):
+    given, lerp = [], torch._foreach_lerp_
+
+    def noted(weights, ends, share):
+        given.append((list(weights), list(ends), share))
+        lerp(weights, ends, share)
+
+    monkeypatch.setattr(torch, "_foreach_lerp_", noted)
+    names = run_method("ht_distill", "--pull", "3", "--lr", "0.01", "--name", "pulled")[0]
+    rate = names["args"].backbone_lr
+    want = [3 * rate * 0.5 * (1 + math.cos(math.pi * i / 6)) for i in range(6)]
+    assert [share for *_, share in given] == pytest.approx(want)
+    for part, name in enumerate(("model", "source_model")):
+        assert all(a is b for a, b in zip(given[0][part], names[name].parameters(), strict=True))

@@ -248,7 +248,7 @@ def test_an_update_and_the_flagships_terms_take_few_operations(resnet50):
         ht_distill.relations(logits, source_logits, seen)
         ht_distill.share(logits, source_logits, seen, None, 0.5)
         ht_distill.rank(torch.randn(64, 2048))
-    assert update.count + terms.count <= 250, (update.count, terms.count)
+    assert update.count + terms.count < len(list(resnet50.parameters())), (update.count, terms.count)
     resnet50.zero_grad()
 
 

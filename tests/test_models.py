@@ -271,9 +271,10 @@ def test_evaluation_halves_its_batches_until_they_fit():
 def test_images_of_the_source_obey_resident(tmp_path, monkeypatch):
     task, asked = load_task("digits"), []
     monkeypatch.setattr(task.source_train, "batches", lambda *args, resident: asked.append(resident))
-    with pytest.raises(TypeError):
-        models.source_model(task, "small_cnn", cache=tmp_path, resident="off")
-    assert asked == ["off"]
+    for resident in ("off", "on"):
+        with pytest.raises(TypeError):
+            models.source_model(task, "small_cnn", cache=tmp_path, resident=resident)
+    assert asked == ["off", "auto"]
 
 
 def test_images_are_normalised_as_torchvision_says(monkeypatch):

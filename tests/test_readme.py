@@ -1,6 +1,7 @@
 """What the README tells people to do, done."""
 
 import csv
+import dataclasses
 import functools
 import json
 import os
@@ -18,6 +19,7 @@ from conftest import ROOT
 
 import data
 import predict
+import runs
 
 pytestmark = pytest.mark.usefixtures("quick_start")
 README, DATA_README = ((ROOT / name).read_text() for name in ("README.md", "data/README.md"))
@@ -198,3 +200,13 @@ def test_add_a_data_set(project):
     shell(f"python benchmark.py run {which}", project, project)
     (done,) = (project / "runs" / "stripes").rglob("done.json")
     assert json.loads(done.read_text())["source"]["overall"] > 30
+
+
+def test_the_grids_commands(tmp_path):
+    text = block("More, and what failed:").partition("python benchmark.py report")[0]
+    lines = shell(text.replace("benchmark.py run", "benchmark.py run --print-commands"), tmp_path).splitlines()
+    assert len(lines) == 6 * 8 * 10
+    paper = next(line for line in lines if "ht_distill_paper" in line)
+    own = set(re.findall(r"^    (\w+): ", (ROOT / "methods" / "ht_distill.py").read_text(), re.MULTILINE))
+    own |= {field.name for kind in (data.TaskArgs, runs.RunArgs) for field in dataclasses.fields(kind)}
+    assert {word[2:].replace("-", "_") for word in paper.split() if word.startswith("--")} <= own

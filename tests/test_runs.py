@@ -1,5 +1,6 @@
 """Runs that are stopped, started twice, out of disk or memory, or that go wrong: nothing is lost, and it says so."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -83,8 +84,8 @@ def test_every_method_goes_on_in_the_middle_of_an_epoch(method, flags, run_metho
     assert names["run"].steps == want[2][-1]["step"]
 
 
-class InterruptedTwice:
-    """The function, but the user presses Ctrl-C twice as its count-th call begins."""
+class Interrupted:
+    """The function, but the user presses Ctrl-C as its count-th call begins."""
 
     def __init__(self, function, count):
         self.function = function
@@ -94,17 +95,16 @@ class InterruptedTwice:
         self.calls_left -= 1
         if self.calls_left == 0:
             os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
         return self.function(*args, **kwargs)
 
 
-def test_a_stop_in_an_evaluation_and_one_that_is_asked_for_twice(run_method, read, stop_at, capsys, monkeypatch):
+def test_a_stop_in_an_evaluation(run_method, read, stop_at, capsys, monkeypatch):
     want = read(run_method("wise_ft", "--name", "whole")[1])
     flags = ("wise_ft", "--name", "stopped")
     predict = models.predict
     # predict: epoch 0's test and training images, epochs 1 and 2, eleven points of the curve, then the result
     for count in (1, 3, 8, 1):
-        counted = InterruptedTwice(predict, count)
+        counted = Interrupted(predict, count)
         with monkeypatch.context() as patch:
             patch.setattr(models, "predict", counted)
             patch.setattr(runs, "predict", counted)
@@ -330,3 +330,40 @@ def test_a_finished_run_shows_what_its_logits_say(run_method, capsys):
     (folder / "done.json").write_text(json.dumps(done))
     stopped(lambda: run_method("naive_ft", "--name", "shown"), 2)
     assert f"{folder}: logits.npz does not give what done.json has" in capsys.readouterr().err
+
+
+def test_a_fingerprint_is_of_labels_seen_classes_and_the_pool_too():
+    task, model = data.load_task(data.TaskArgs("digits")), models.build("small_cnn", 10, (1, 28, 28))
+    train = task.target_train
+    changes = ({}, {"seen": ~task.seen}, {"target_train": train.take(np.arange(5))})
+    changes += ({"target_test": train}, {"target_unlabelled": train})
+    assert len({runs.fingerprint(model, dataclasses.replace(task, **change)) for change in changes}) == 5
+
+
+def test_logits_that_are_not_finite_end_a_run(run_method, monkeypatch, capsys):
+    predict = runs.predict
+    monkeypatch.setattr(runs, "predict", lambda *args: predict(*args) * np.nan)
+    stopped(lambda: run_method("naive_ft", "--name", "nan logits"), 2)
+    assert "error: logits of the target's test images: row 0 has nan or inf" in capsys.readouterr().err
+
+
+def test_a_run_on_other_images_is_not_shown_as_this_one(run_method, capsys):
+    _, folder = run_method("naive_ft", "--name", "other images")
+    done = json.loads((folder / "done.json").read_text())
+    assert set(done["images"]) == {"train", "test"}
+    (folder / "done.json").write_text(json.dumps(done | {"images": {**done["images"], "train": "of yesterday"}}))
+    stopped(lambda: run_method("naive_ft", "--name", "other images"), 2)
+    assert "holds a run on other images; pass --overwrite" in capsys.readouterr().err
+
+
+def test_what_pretrained_weights_hold_is_recorded(tmp_path):
+    @dataclasses.dataclass
+    class Args(data.TaskArgs, runs.RunArgs):
+        pass
+
+    found = set()
+    for content in (b"one", b"two"):
+        (tmp_path / "w.pth").write_bytes(content)
+        args = Args(weights=str(tmp_path / "w.pth"), seen_classes="5")
+        found.add(runs.record_of(args, "x", [])["weights_sha256"])
+    assert len(found) == 2
