@@ -108,7 +108,7 @@ def digests(task):
         images, digest = split.images, hashlib.sha256(seen)
         filed = isinstance(images, data.Images)
         digest.update(images.index.tobytes() + b"%d" % len(images.pixels) if filed else images.numpy().tobytes())
-        digest.update(split.labels.numpy())
+        digest.update(split.labels.numpy().tobytes())
         found[name] = digest.hexdigest()[:16]
     return found
 

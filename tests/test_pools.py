@@ -62,5 +62,5 @@ def test_a_run_on_an_unkind_pool(tmp_path, monkeypatch, read):
     argv = [str(ROOT / "results" / "pools.py"), "tiny", str(ROOT / "methods" / "infomax.py"), *flags]
     monkeypatch.setattr(sys, "argv", argv)
     runpy.run_path(argv[0], run_name="__main__")
-    (folder,) = tmp_path.glob("digits/*/infomax/*")
+    (folder,) = tmp_path.glob("digits/*/infomax_tiny/*")
     assert read(folder)[0]["unlabelled_images"] == 20
