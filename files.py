@@ -243,8 +243,8 @@ class Checkpoint:
                     part.load_state_dict(state)
             states = self.content["generators"]
             torch.set_rng_state(states["cpu"])
-            if device.type in states and device.type != "cpu":
-                getattr(torch, device.type).set_rng_state(states[device.type], *[device] * (device.type == "cuda"))
+            if device.type == "cuda" and "cuda" in states:
+                torch.cuda.set_rng_state(states["cuda"], device)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             self.refuse(f"does not fit the model or the optimizer ({first_line(error)})")
 
@@ -268,8 +268,8 @@ class Checkpoint:
         """Write all parts, the random states and `more`. Ends the program if a signal has asked for it."""
         states = {name: part if isinstance(part, dict) else part.state_dict() for name, part in self.parts.items()}
         device, generators = next(self.parts["model"].parameters()).device, {"cpu": torch.get_rng_state()}
-        if device.type != "cpu":
-            generators[device.type] = getattr(torch, device.type).get_rng_state(*[device] * (device.type == "cuda"))
+        if device.type == "cuda":
+            generators["cuda"] = torch.cuda.get_rng_state(device)
         write_checkpoint(self.path, {"owner": self.owner, "parts": states, "generators": generators, **more})
         self.saved = time.perf_counter()
         if self.stop.signal:

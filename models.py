@@ -138,7 +138,11 @@ def original(arch, weights="none"):
         if arch not in torchvision.models.list_models(torchvision.models):
             known = "small_cnn, lenet, resnet18, vit_b_16, another of torchvision's classifiers, timm:NAME or clip:NAME"
             raise InputError(f"--arch {arch}: unknown; choose {known}")
-        network = load(arch, torchvision.models.get_model, arch, weights="DEFAULT" if pretrained else None)
+        more = {}
+        if arch.startswith("vit"):  # vit_h_14's weights are for 518 pixels, which it is not told without them
+            more["image_size"] = torchvision.models.get_model_weights(arch).DEFAULT.transforms().crop_size[0]
+        weights_name = "DEFAULT" if pretrained else None
+        network = load(arch, torchvision.models.get_model, arch, weights=weights_name, **more)
         heads = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
         if not heads or hasattr(network, "aux_logits"):  # squeezenet; googlenet and inception_v3, which have three
             raise InputError(f"--arch {arch}: does not end in one linear head; choose resnet50, or timm:NAME")
@@ -250,11 +254,9 @@ def batchnorms(model):
 def choose_device(device, amp, arch):
     """(torch.device, autocast dtype or None) for --device, --amp and a network's name. The device auto is CUDA where
     there is one. amp auto is autocast_dtype's, but float32 for SMALL, which gain little. Raises InputError if the
-    device is not there, and for mps."""
+    device is not there."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("mps"):  # pytorch issues 175189 and 175190
-        raise InputError(f"--device {device}: PyTorch's gradients of channels-last networks are wrong there; use cpu")
     try:
         torch.zeros(1, device=device).item()  # the device meta holds no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -295,7 +297,7 @@ def train_source(model, task, seed, checkpoint, resident, steps, batch_size, lr,
     from the Checkpoint where it has a content."""
     device = model.mean.device
     batch_size = min(batch_size, len(task.source_train.labels))
-    resident = "off" if resident == "off" else "auto"  # on is for the target's, which are fewer
+    resident = "off" if resident == "off" else "auto"
     batches = task.source_train.batches(batch_size, device, seed, resident=resident)
     rates = [{"params": model.backbone.parameters(), "lr": backbone_lr}, {"params": model.head.parameters(), "lr": lr}]
     optimizer = torch.optim.SGD(rates, momentum=0.9, nesterov=True, weight_decay=5e-4)
@@ -406,8 +408,9 @@ def source_model(
     """The Classifier that knows all of task.classes in the source domain, in eval mode, on the device.
 
     checkpoint: the user's file, see load_source. Without one it is read from the folder cache/source_models, or
-    trained on task.source_train and put there, under a key of everything that determines it. stop: a files.Stop, and
-    resident: as of Batches, for the training. Raises InputError if the file does not fit the task or the architecture.
+    trained on task.source_train and put there, under a key of everything that determines it. stop: a files.Stop.
+    resident: as of Batches, for the training; on is taken as auto, as source images are many. Raises InputError if the
+    file does not fit the task or the architecture.
     """
     classes, shape, clip = task.classes, task.target_train.images.shape[1:], arch.startswith("clip:")
     if task.source_train is None and not clip and checkpoint is None:

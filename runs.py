@@ -67,6 +67,9 @@ def parse(args_class):
             data.check_flag(name, getattr(args, name), low, high)
         if args.name and (Path(args.name).name != args.name or args.name == ".."):
             raise InputError(f"--name {args.name}: must be the name of a folder, not a path")
+        if args.device.startswith("mps"):  # pytorch issues 175189 and 175190
+            why = "PyTorch's gradients of channels-last networks are wrong there"
+            raise InputError(f"--device {args.device}: {why}; train on cpu")
         if args.calibrate != "alg":
             data.check_flag("calibrate", args.calibrate, -data.MOST)
         if args.track == "tensorboard":
@@ -102,12 +105,14 @@ def fingerprint(model, task):
 
 
 def digests(task):
-    """Digests of a task's images (if in files: which of how many) and labels: "train", and "test" with what is seen."""
-    found = {}
-    for name, split, seen in (("train", task.target_train, b""), ("test", task.target_test, bytes(task.seen.numpy()))):
-        images, digest = split.images, hashlib.sha256(seen)
-        filed = isinstance(images, data.Images)
-        digest.update(images.index.tobytes() + b"%d" % len(images.pixels) if filed else images.numpy().tobytes())
+    """Digests of a task's images (if in files: which of them) and labels: "source", "train", and "test" with what is
+    seen."""
+    splits, found = {"source": task.source_train, "train": task.target_train, "test": task.target_test}, {}
+    for name, split in splits.items():
+        if split is None:
+            continue
+        images, digest = split.images, hashlib.sha256(bytes(task.seen.numpy()) if name == "test" else b"")
+        digest.update(images.index.tobytes() if isinstance(images, data.Images) else images.numpy().tobytes())
         digest.update(split.labels.numpy().tobytes())
         found[name] = digest.hexdigest()[:16]
     return found
@@ -290,7 +295,8 @@ class Run:
             raise InputError(f"{error}; --overwrite runs it again") from error
         if not all(agree(done.get(part), run[part]) for part in ("source", "final")):
             raise InputError(f"{self.folder}: logits.npz does not give what done.json has; pass --overwrite")
-        if done.get("images", self.images_of_task) != self.images_of_task:
+        known = done.get("images", {})  # an older run has not all of them
+        if any(known.get(name, digest) != digest for name, digest in self.images_of_task.items()):
             raise InputError(f"{self.folder} holds a run on other images; pass --overwrite, --name or --runs-dir")
         with contextlib.suppress(OSError):  # it is there if the run was killed between its last two steps
             (self.folder / "checkpoint.pt").unlink()

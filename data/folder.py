@@ -69,10 +69,11 @@ def classes_of(folder):
     return [name for name in folders(folder) if name != "unlabelled"]
 
 
-def class_tree(root, below):
-    """(files, class names) of root/below/CLASS/*: paths below root, each with its class, both sorted by name."""
+def class_tree(root, below, keep=lambda name: True):
+    """(files, class names) of root/below/CLASS/*: paths below root, each with its class, both sorted by name; of the
+    classes that keep(name) is true for."""
     files, names = [], []
-    for name in classes_of(root / below):
+    for name in filter(keep, classes_of(root / below)):
         within = entries(root / below / name)
         found = [file for file in within if file.lower().endswith(EXTENSIONS)]
         if len(found) < len(within):
@@ -119,10 +120,9 @@ With --source-checkpoint FILE the target is enough: the classes are those that t
 
 
 def domains(root):
-    """The folders of root that hold folders, but for `runs`: programs put their results there."""
+    """The folders of root that hold folders, but for `runs`, which holds results, and a disk's lost+found."""
     names = folders(root) if need(root, ABOUT).is_dir() else []
-    readable = [name for name in names if os.access(root / name, os.R_OK | os.X_OK)]  # not a disk's lost+found
-    found = [name for name in readable if name != "runs" and folders(root / name)]
+    found = [name for name in names if name not in ("runs", "lost+found") and folders(root / name)]
     if not found:
         raise InputError(f"{root}: no folder with class folders in it\n\n{ABOUT.strip()}")
     return tuple(found)

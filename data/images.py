@@ -38,7 +38,7 @@ CHUNK = 32  # images that a thread decodes at a time
 class Images:
     """uint8 images [N, 3, S, S] that stay in the cache file until they are asked for.
 
-    images[index] for an int64 tensor, a slice or an int gives a uint8 tensor, channels-last; len, shape and
+    images[index] for an int64 tensor or a slice gives a uint8 tensor, channels-last; len, shape and
     split(n) are those of a tensor; subset(index) are the images of an int64 array, still in the file. sums: a checksum
     for each row of the file, uint32, verified when the image is first read. Raises InputError if it is wrong.
     """
@@ -57,8 +57,7 @@ class Images:
     def __getitem__(self, index):
         if isinstance(index, torch.Tensor):
             index = index.numpy()
-        rows = self.index[index]
-        places = np.atleast_1d(rows)
+        places = self.index[index]
         batch = np.asarray(self.pixels)[places]
         wanted = self.sums[places]
         for i in np.flatnonzero(wanted):
@@ -67,8 +66,7 @@ class Images:
         self.sums[places] = 0
         if hasattr(mmap, "MADV_DONTNEED"):  # give the mapped pages back: they stay in the system's cache, not in ours
             self.pixels.base.madvise(mmap.MADV_DONTNEED)
-        batch = torch.from_numpy(batch).movedim(3, 1)
-        return batch if np.ndim(rows) else batch[0]
+        return torch.from_numpy(batch).movedim(3, 1)
 
     def split(self, size):
         """The images in order, `size` at a time; a thread reads the next ones while some are used."""

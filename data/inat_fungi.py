@@ -28,9 +28,9 @@ def inat_fungi(domain, root):
     """One domain; the classes are the folders' names without their running number."""
     need(root, ABOUT)
     folder = next((name for name in FOLDERS[domain] if (root / name).is_dir()), None)
-    files, names = class_tree(root, need(root / (folder or FOLDERS[domain][1]), ABOUT).name)
-    fungi = [(file, name.split("_", 1)[1]) for file, name in zip(files, names, strict=True) if is_fungus(name)]
-    return named(*map(list, zip(*fungi, strict=True))) if fungi else named([], [])
+    below = need(root / (folder or FOLDERS[domain][1]), ABOUT).name
+    files, names = class_tree(root, below, is_fungus)
+    return named(files, [name.split("_", 1)[1] for name in names])
 
 
 def is_fungus(folder):

@@ -33,8 +33,12 @@ def image_files(unlabelled, target_folder):
 
 def check_other_images(more, own):
     """Raise InputError if files of the list `more` are the target's `own`, by whatever path."""
-    own = {(stat.st_dev, stat.st_ino) for stat in map(os.stat, filter(os.path.exists, own))}
-    shared = [file for file, stat in zip(more, map(os.stat, more), strict=True) if (stat.st_dev, stat.st_ino) in own]
+    known = {(stat.st_dev, stat.st_ino) for stat in map(os.stat, filter(os.path.exists, own))}
+    shared = []
+    for file in filter(os.path.exists, more):  # what is missing is named when it is read
+        stat = os.stat(file)
+        if (stat.st_dev, stat.st_ino) in known:
+            shared.append(file)
     if shared:
         raise InputError(
             f"--unlabelled {Path(shared[0]).parent}: {len(shared)} of the target's own images are in it, and no pool "

@@ -46,7 +46,7 @@ def measure(tasks, name=""):
     tables = {}
     for reference in REFERENCES:
         rows = benchmark.rows_of(tasks, reference)
-        tables["over tasks" + name, reference] = texts(benchmark.over_tasks(rows, benchmark.Report.tuned_on))
+        tables["over tasks" + name, reference] = texts(benchmark.over_tasks(rows))
         for task in tasks:
             tables[task + name, reference] = texts([row for row in rows if row["task"] == task])
     return tables

@@ -13,7 +13,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from eval import CALIBRATED, REQUIRED, read_arrays, seen_unseen_curve
-from files import write_atomic
+from files import InputError, write_atomic
 
 COLOURS = (*colormaps["tab20"].colors[::2], *colormaps["tab20"].colors[1::2])  # 20: none is given twice
 
@@ -145,8 +145,12 @@ def calibration(rows):
 def draw_over_tasks(lines, folder):
     """Draw what each method closed on each task, a point per task; filled where defaults were tuned on it (*).
 
-    lines: of benchmark.over_tasks, from the worst mean to the best, of methods that were run on every task.
+    lines: of benchmark.over_tasks, from the worst mean to the best; of them, methods that were run on every task.
+    Raises InputError if there is none.
     """
+    lines = [line for line in lines if line["mean"] is not None]
+    if not lines:
+        raise InputError("--figures: no method was run on every task, with an oracle")
     tasks = [name for name in lines[0] if f"{name}_pm" in lines[0]]
     ax = Figure((6.4, 0.34 * len(lines) + 1), layout="constrained").subplots()
     for i, task in enumerate(tasks):

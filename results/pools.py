@@ -80,7 +80,7 @@ def unkind(kind, split, seen, seed):
 
 
 def main(kind, script, *flags):
-    if "--name" not in flags:  # its run is not the script's
+    if not any(flag.partition("=")[0] == "--name" for flag in flags):  # its run is not the script's
         flags = (*flags, "--name", f"{Path(script).stem}_{kind}")
     load_task, read_shares, counts = data.load_task, data.read_shares, {}
 

@@ -222,8 +222,8 @@ def test_cifar100_runs_no_code(tmp_path):
             return os.mkdir, (str(tmp_path / "ran"),)
 
     replicas.cifar100(tmp_path)
-    (tmp_path / "vtab" / "cifar-100-python" / "train").write_bytes(pickle.dumps({b"data": Evil()}))
-    with pytest.raises(InputError, match=r"train: not the file that CIFAR-100 publishes \(.*mkdir"):
+    (tmp_path / "vtab" / "cifar-100-python" / "train").write_bytes(pickle.dumps({"data": Evil()}))
+    with pytest.raises(InputError, match=r"cifar-100-python: other files than CIFAR-100's"):
         load_task("vtab", "clip", "cifar100", data_root=tmp_path)
     assert not (tmp_path / "ran").exists()
 
@@ -499,7 +499,6 @@ def test_files_that_are_no_images_are_said_and_folders_that_cannot_be_read(tmp_p
     load_task("folder", "a", "b", data_root=tmp_path, image_size=16, seen_classes="1")
     assert "b/y: 1 of 5 files are no images (.jpg, .jpeg" in capsys.readouterr().err
     (tmp_path / "lost+found").mkdir()
-    monkeypatch.setattr(os, "access", lambda path, mode: "lost" not in str(path))  # root may read everything
     assert data.domain_names("folder", tmp_path) == ("a", "b")
     monkeypatch.setattr(os, "listdir", lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
     with pytest.raises(InputError, match=r"cannot be read \(Permission denied\)"):

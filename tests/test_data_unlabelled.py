@@ -124,6 +124,9 @@ def test_a_bad_image_of_the_heap_is_named_or_left_out(folders):
     (folders / "heap" / "broken.jpg").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"broken\.jpg"):
         load_folders(folders, str(folders / "heap"))
+    (folders / "heap" / "gone.jpg").symlink_to(folders / "on another disk.jpg")
+    with pytest.raises(InputError, match=r"gone\.jpg"):
+        load_folders(folders, str(folders / "heap"))
     task = load_folders(folders, str(folders / "heap"), skip_bad_images=True)
     assert len(task.target_unlabelled.labels) == 19
 

@@ -350,10 +350,13 @@ def test_logits_that_are_not_finite_end_a_run(run_method, monkeypatch, capsys):
 def test_a_run_on_other_images_is_not_shown_as_this_one(run_method, capsys):
     _, folder = run_method("naive_ft", "--name", "other images")
     done = json.loads((folder / "done.json").read_text())
-    assert set(done["images"]) == {"train", "test"}
-    (folder / "done.json").write_text(json.dumps(done | {"images": {**done["images"], "train": "of yesterday"}}))
-    stopped(lambda: run_method("naive_ft", "--name", "other images"), 2)
-    assert "holds a run on other images; pass --overwrite" in capsys.readouterr().err
+    assert set(done["images"]) == {"source", "train", "test"}
+    for name in done["images"]:
+        (folder / "done.json").write_text(json.dumps(done | {"images": {**done["images"], name: "of yesterday"}}))
+        stopped(lambda: run_method("naive_ft", "--name", "other images"), 2)
+        assert "holds a run on other images; pass --overwrite" in capsys.readouterr().err
+    (folder / "done.json").write_text(json.dumps(done | {"images": {"test": done["images"]["test"]}}))
+    stopped(lambda: run_method("naive_ft", "--name", "other images"), 0)  # an older run, which names fewer
 
 
 def test_what_pretrained_weights_hold_is_recorded(tmp_path):

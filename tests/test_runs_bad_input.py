@@ -281,7 +281,7 @@ def wrong():
     yield "naive_ft", ["--weights", "nowhere.pth", "--arch", "resnet18"], "weights"
     yield "naive_ft", ["--source-checkpoint", "nowhere.pt"], "source-checkpoint"
     yield "naive_ft", ["--source-checkpoint", "."], "source-checkpoint"
-    for value in ("toaster", "meta", "cpu:x", "cuda:99", ""):
+    for value in ("toaster", "meta", "cpu:x", "cuda:99", "mps", "mps:0", ""):
         yield "naive_ft", ["--device", value], "device"
 
 
