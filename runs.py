@@ -92,7 +92,7 @@ COUNTS = ("epochs", "steps_per_epoch", "batch_size", "source_steps", "source_bat
 LIMITS = dict.fromkeys(COUNTS, (1, 2**63 - 1))
 LIMITS |= dict.fromkeys(("seed", "split_seed", "source_seed", "pseudo_split"), (0, 2**63 - 1))
 LIMITS |= dict.fromkeys(("lr", "backbone_lr", "source_lr", "source_backbone_lr", "weight_decay"), (0, data.MOST))
-LIMITS |= {"test_share": (0, 0.9), "checkpoint_every": (0, data.MOST), "clip_grad": (data.LEAST, math.inf)}
+LIMITS |= {"test_share": (0, 0.9), "checkpoint_every": (0, data.MOST), "clip_grad": (data.LEAST, data.MOST)}
 
 
 def fingerprint(model, task):

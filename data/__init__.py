@@ -78,7 +78,7 @@ class Task:
     (with `oracle` target_train has images of every class, and `seen` still says what it would have had).
     recipe: the data set's values of the flags that the command line leaves open (architecture, epochs, rates);
     source_recipe: those of the source model's training. seen_classes: the flag's value, which chose the seen ones.
-    source_train and source_test are None where there is a source model but none of its images (CLIP, a file).
+    source_train and source_test are None where the source model comes trained (CLIP, --source-checkpoint).
     target_unlabelled: images of any class whose labels are all -1, for a script that asks for them; its first are
     target_train's, none is target_test's.
     """
@@ -204,9 +204,9 @@ def choose_domains(args, domains):
     return source, target
 
 
-def load_domain(domain, args, more=()):
-    """The Domain of this name with its images decoded, or None where there are none to train a source model on; and the
-    Images of more files, which belong to no class, or None."""
+def load_domain(domain, args, more=(), decode=True):
+    """The Domain of this name, or None where there are no images to train a source model on; and the Images of more
+    files, which belong to no class, or None. decode: unless false, images in files are decoded."""
     entry, root = DATASETS[args.dataset], home(args.dataset, args.data_root)
     if args.download:
         if "download" not in entry:
@@ -221,6 +221,8 @@ def load_domain(domain, args, more=()):
     if found is None:
         return None, None
     found = Domain(*found)
+    if not decode:
+        return found, None
     if isinstance(found.images, list):
         usual = entry["recipe"].get("image_size", PHOTO_RECIPE["image_size"])
         size = usual if args.image_size is None else args.image_size
@@ -269,10 +271,12 @@ def load_task(args, pool=False):
     entry = DATASETS[args.dataset]
     source, target = choose_domains(args, domains)
     named = known_classes(args)
-    whole = load_domain(source, args)[0] if source in domains else None
+    trained = args.source_checkpoint is not None
+    whole = load_domain(source, args, decode=not trained)[0] if source in domains else None
     more = image_files(args.unlabelled, home(args.dataset, args.data_root) / target) if pool else ()
     here, others = load_domain(target, args, more)
     classes = whole.classes if whole and not args.classes else named or here.classes
+    whole = None if trained else whole  # of the images of a model that comes trained only the classes had a part
     whole = whole and relabel(whole, classes, f"--source {source}", args.ignore_unknown_classes)
     here = relabel(here, classes, f"--target {target}", args.ignore_unknown_classes)
     train, test = split_target(here, target, args.split_seed, args.test_share)

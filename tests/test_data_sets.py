@@ -304,7 +304,9 @@ def test_which_folder_is_the_source_is_asked_for_where_it_is_not_plain(tmp_path)
         load_task("folder", source_checkpoint=file, **own)
     task = load_task("folder", target="b", source_checkpoint=file, **own)
     assert (task.source, task.target, task.source_train) == ("b.pt", "b", None), "no domain's name"
-    assert load_task("folder", "a", "b", source_checkpoint=file, **own).source_train is not None
+    shutil.rmtree(tmp_path / ".cache")
+    task = load_task("folder", "a", "b", source_checkpoint=file, **own)
+    assert task.source_train is None and {path.name[:9] for path in (tmp_path / ".cache").iterdir()} == {"folder-b-"}
 
 
 def test_share_of_the_test_images(load, tmp_path):

@@ -212,7 +212,7 @@ def wrong():
     for flag in ("lr", "backbone-lr", "weight-decay", "checkpoint-every", "source-lr", "source-backbone-lr"):
         for value in ("-0.1", "nan", "inf", "1e39", "fast"):
             yield "frozen_classifier", [f"--{flag}", value], flag
-    for value in ("0", "-1", "nan", "tight"):
+    for value in ("0", "-1", "nan", "inf", "tight"):
         yield "naive_ft", ["--clip-grad", value], "clip-grad"
     own = {
         "lolsgd": {
