@@ -182,11 +182,12 @@ def test_a_finished_run_is_kept(run_method, capsys):
 
 @pytest.mark.parametrize("method", ["naive_ft", "ht_distill", "infomax"])
 def test_a_diverging_run_stops(method, run_method, capsys):
+    flags = ("--lr", "1e9", "--backbone-lr", "1e9", "--clip-grad", "3e38")
     with pytest.raises(SystemExit) as stop:
-        run_method(method, "--lr", "1e9", "--backbone-lr", "1e9", "--clip-grad", "1e9", "--name", f"{method}-diverging")
+        run_method(method, *flags, "--name", f"{method}-diverging")
     error = capsys.readouterr().err
     assert stop.value.code == 2 and "with --lr 1000000000.0 and --backbone-lr 1000000000.0: try lower ones" in error
-    assert re.match(r"error: step [123]: the loss, (nan|inf), is not finite", error)
+    assert re.search(r"error: step [123]: the loss, (nan|inf), is not finite", error)
 
 
 @pytest.mark.parametrize("method", ["naive_ft", "ht_distill", "wise_ft"])  # test_methods_siblings: all import the same
