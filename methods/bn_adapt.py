@@ -3,9 +3,9 @@
 --mode affine trains scale and shift of the BatchNorm layers only (Frankle et al., arXiv 2003.00152); --mode stats
 re-estimates their mean and variance on the target images, without a gradient (AdaBN, Li et al., arXiv 1603.04779);
 --mode pool does so on unlabelled images of all classes, which is another setting.
-Baselines of holistic transfer (NeurIPS 2023, arXiv 2311.01420). Differs from AdaBN: the statistics are the mean over
-the last epoch's batches (--mode stats: of the seen classes), augmented unless --no-augment says so. The head does not
-train, so --lr does nothing.
+Baselines of holistic transfer (NeurIPS 2023, arXiv 2311.01420). Differs from AdaBN: statistics are averaged over the
+last epoch's batches, with augmentation unless --no-augment is given; in --mode stats these show seen classes only. The
+head does not train, so --lr does nothing.
 
     python methods/bn_adapt.py    # overall 88.2 ± 1.6, unseen 79.3 on mnist to optdigits, ten splits
 """
@@ -28,7 +28,7 @@ from files import InputError
 
 @dataclass
 class Method:
-    mode: Literal["affine", "stats", "pool"] = "affine"  # scale and shift; mean and variance; those of a pool
+    mode: Literal["affine", "stats", "pool"] = "affine"  # scale, shift; mean, variance; mean, variance of the pool
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Training:
     clip_grad: data.by_recipe(float, "clip_grad") = None  # largest norm of the gradient
     bn_mode: Literal["eval", "train"] = "eval"  # BatchNorm: eval keeps the source's statistics
     augment: bool = True  # random changes of the training images, as the data set says
-    seed: int = 0  # order and augmentation of the images, and all other randomness
+    seed: int = 0  # order and augmentation of the images, and all other randomness of the adaptation
 
 
 @dataclass

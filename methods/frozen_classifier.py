@@ -1,7 +1,7 @@
 """Frozen classifier: only the backbone learns; the head stays the source model's.
 
-The head's rows hold how the classes lie to each other, unseen ones too. Kept fixed, they ask the backbone to move the
-new domain's images to where the source's were (a baseline of holistic transfer, NeurIPS 2023, arXiv 2311.01420).
+The head's rows encode how all classes relate, unseen ones included. With fixed rows the backbone must map images of the
+new domain to where the source's were (a baseline of holistic transfer, NeurIPS 2023, arXiv 2311.01420).
 The head does not train, so --lr does nothing.
 
     python methods/frozen_classifier.py    # overall 72.8 ± 4.4, unseen 46.0 on mnist to optdigits, ten splits
@@ -33,7 +33,7 @@ class Training:
     clip_grad: data.by_recipe(float, "clip_grad") = None  # largest norm of the gradient
     bn_mode: Literal["eval", "train"] = "eval"  # BatchNorm: eval keeps the source's statistics
     augment: bool = True  # random changes of the training images, as the data set says
-    seed: int = 0  # order and augmentation of the images, and all other randomness
+    seed: int = 0  # order and augmentation of the images, and all other randomness of the adaptation
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Gradient projection: a step may fit the seen classes, but not at the cost of what the source model knows.
 
-P measures what must be preserved: KL(source || model) with all seen classes as one outcome, or with --reference gap
+P measures what was not preserved: KL(source || model) with all seen classes as one outcome, or with --reference gap
 how far the mean seen-minus-unseen logit gap has moved from the source's. Where the gradient g of cross-entropy
 conflicts with p, the gradient of P (g.p < 0: the step would raise P), its part along p is taken out:
 
@@ -45,7 +45,7 @@ class Training:
     clip_grad: data.by_recipe(float, "clip_grad") = None  # largest norm of the gradient
     bn_mode: Literal["eval", "train"] = "eval"  # BatchNorm: eval keeps the source's statistics
     augment: bool = True  # random changes of the training images, as the data set says
-    seed: int = 0  # order and augmentation of the images, and all other randomness
+    seed: int = 0  # order and augmentation of the images, and all other randomness of the adaptation
 
 
 @dataclass

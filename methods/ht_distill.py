@@ -4,10 +4,10 @@ By the chain rule, KL(source || model) over all classes (LwF, arXiv 1606.09282) 
     the KL of the groups' shares: how much goes to the seen classes S and the unseen U      `share`, about
   + the source's share of U times the KL inside U: how unseen classes lie to each other     `relations`, the paper's
   + the source's share of S times the KL inside S: not kept, so that the seen classes adapt
-The loss is CE + 5 share (ours: of running means, to halfway between the source's and |S| / C) + 0.3 relations (without
-its factor), of images that are cut from two. Weights are pulled back a little, as long training costs unseen classes.
-The paper (holistic transfer, NeurIPS 2023, arXiv 2311.01420) has `relations` and `rank`, of the labelled images, and
-U may sink as a whole: --share-weight 0 --relations-weight 1 --rank-weight 0.1 --pull 0 (weights ours).
+The loss is CE + 5 share + 0.3 relations (without its factor), both on images cut from two. `share` is ours: it holds a
+running mean halfway between the source's and |S| / C. A pull to the source's weights protects U in long training. The
+paper (holistic transfer, NeurIPS 2023, arXiv 2311.01420) has `relations` and `rank`, on the labelled images, and lets U
+sink as a whole: --share-weight 0 --relations-weight 1 --rank-weight 0.1 --pull 0 (weights ours).
 
     python methods/ht_distill.py    # overall 93.1 ± 1.2, unseen 87.9 on mnist to optdigits, ten splits
 """
@@ -31,9 +31,9 @@ from eval import effective_rank
 @dataclass
 class Method:
     relations_weight: float = 0.3  # of the KL inside the unseen classes
-    share_weight: float = 5.0  # of the KL of the groups' shares; 0: no image is cut, relations are of the labelled ones
-    rank_weight: float = 0.0  # of the decorrelation of features; at a batch of 64 FedDecorr's 0.1 is 6.2 here
-    pull: float = 0.5  # to the source model's weights: times the backbone's rate, how far each step goes back to them
+    share_weight: float = 5.0  # of the KL of the groups' shares; 0: no image is cut, relations uses the labelled ones
+    rank_weight: float = 0.0  # of the decorrelation of features; FedDecorr's 0.1 equals 6.2 here, at a batch of 64
+    pull: float = 0.5  # times the backbone's rate: the part of the way back to the source's weights that a step goes
     seen_prior: data.default(float, "|S| / C") = None  # expected share of images of seen classes, for the KL of shares
     freeze_head: bool = False  # keep the source model's head, a part of the paper's
 
@@ -49,7 +49,7 @@ class Training:
     clip_grad: data.by_recipe(float, "clip_grad") = None  # largest norm of the gradient
     bn_mode: Literal["eval", "train"] = "eval"  # BatchNorm: eval keeps the source's statistics
     augment: bool = True  # random changes of the training images, as the data set says
-    seed: int = 0  # order and augmentation of the images, and all other randomness
+    seed: int = 0  # order and augmentation of the images, and all other randomness of the adaptation
 
 
 @dataclass
@@ -125,7 +125,7 @@ if __name__ == "__main__":
                 layer.train(args.bn_mode == "train")
             for step in range(run.steps, epoch * args.steps_per_epoch):
                 images, labels = batches(step)
-                # images that are cut from two have no label, like those of unseen classes, for which they stand in
+                # an image cut from two has no label; it stands in for an image of an unseen class
                 cut = cut_mix(images[:cut_images], data.generator("cpu", args.seed, 3, step))
                 taught = cut if args.share_weight else images  # the paper's: the batch itself
                 with torch.no_grad():

@@ -1,11 +1,11 @@
 """Information maximisation on unlabelled images of the target, beside cross-entropy on the labelled ones.
 
-Another setting than that of the other scripts: images of the unseen classes are at hand, without labels. Each should be
-classified with confidence, and all together into all classes (SHOT, Liang et al., ICML 2020, arXiv 2002.08546):
+The setting differs from the other scripts': there are also unlabelled images, of all classes. Predictions should be
+certain for each image and cover all classes on average (SHOT, Liang et al., ICML 2020, arXiv 2002.08546):
     mean entropy of p + KL(mean p || prior)    with a uniform prior it is SHOT's, up to a constant
-Differs from SHOT: labels hold the seen classes, and no pseudo-labels are made; the head learns too; mean p is a running
+Differs from SHOT: true labels hold the seen classes, without pseudo-labels; the head learns too; mean p is a running
 mean, as a step may have fewer images than there are classes. In the cross-entropy unseen classes count --alpha times:
-with 0 nothing keeps seen images out of them, with 1 they sink faster than the pool can lift them.
+0 lets images of seen classes drift into unseen ones, 1 makes unseen classes sink faster than the pool can lift them.
 
     python methods/infomax.py    # overall 97.5 ± 0.9, unseen 95.7 on mnist to optdigits, ten splits
 """
@@ -44,7 +44,7 @@ class Training:
     clip_grad: data.by_recipe(float, "clip_grad") = None  # largest norm of the gradient
     bn_mode: Literal["eval", "train"] = "eval"  # BatchNorm: eval keeps the source's statistics
     augment: bool = True  # random changes of the training images, as the data set says
-    seed: int = 0  # order and augmentation of the images, and all other randomness
+    seed: int = 0  # order and augmentation of the images, and all other randomness of the adaptation
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 Rounds: each of M copies takes tau SGD steps on images of a random subset of the seen classes, and the round's result is
 their average. What differs between subsets is class-specific and cancels (holistic transfer, NeurIPS 2023, arXiv
-2311.01420). The steps of all copies count, and as many whole rounds as fit are run, one at least.
+2311.01420). The step budget counts the steps of all copies; as many whole rounds as fit are run, at least one.
 
 The paper's cross-entropy is over all C logits; --ce subset and --ce seen, masking as in masked_ft, are ours, and so are
 M, tau and the left-out share. Momentum starts anew in each copy. The paper combines it with its distillation, rank and
@@ -48,7 +48,7 @@ class Training:
     clip_grad: data.by_recipe(float, "clip_grad") = None  # largest norm of the gradient
     bn_mode: Literal["eval", "train"] = "eval"  # BatchNorm: eval keeps the source's statistics
     augment: bool = True  # random changes of the training images, as the data set says
-    seed: int = 0  # order and augmentation of the images, and all other randomness
+    seed: int = 0  # order and augmentation of the images, and all other randomness of the adaptation
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """LP-FT: fit the head first, on features computed once, then fine-tune everything from there.
 
-A head that fits already asks less of the features (Kumar et al., ICLR 2022, arXiv 2202.10054). Differs from the paper:
-the probe starts at the source model's head, which knows these classes; the number of its updates and the fine-tuning
-rate, a tenth of naive_ft's, are ours.
+If the head fits already, fine-tuning changes features less (Kumar et al., ICLR 2022, arXiv 2202.10054). Differs from
+the paper: the probe starts at the source model's head, which knows these classes; the number of probe updates and the
+fine-tuning rate, a tenth of naive_ft's, are ours.
 
     python methods/lp_ft.py    # overall 70.0 ± 4.8, unseen 41.2 on mnist to optdigits, ten splits
 """
@@ -26,7 +26,7 @@ import runs
 class Method:
     probe_steps: int = 300  # updates of the head on stored features, with lr and a cosine schedule
     ft_lr_scale: float = 0.1  # factor on both rates after the probe
-    pull: float = 0.0  # strength of a pull to the source weights after the probe, as in l2_sp
+    pull: float = 0.0  # strength of a pull to the source model's weights in fine-tuning, as in l2_sp
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Training:
     clip_grad: data.by_recipe(float, "clip_grad") = None  # largest norm of the gradient
     bn_mode: Literal["eval", "train"] = "eval"  # BatchNorm: eval keeps the source's statistics
     augment: bool = True  # random changes of the training images, as the data set says
-    seed: int = 0  # order and augmentation of the images, and all other randomness
+    seed: int = 0  # order and augmentation of the images, and all other randomness of the adaptation
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Masked fine-tuning: cross-entropy over the logits of the seen classes only, so that nothing pushes the unseen down.
 
-FedRS (Li and Zhan, KDD 2021) scales the logits of absent classes by alpha inside the softmax; they then get alpha
-times the push. Differs from it: alpha 0, the default, leaves them out of the softmax, where FedRS keeps exp(0) each.
+FedRS (Li and Zhan, KDD 2021) scales the logits of absent classes by alpha inside the softmax, which scales the push on
+them too. Differs from FedRS: alpha 0, the default, leaves them out of the softmax; FedRS keeps exp(0) for each.
 
     python methods/masked_ft.py    # overall 88.7 ± 3.0, unseen 79.1 on mnist to optdigits, ten splits
 """
@@ -37,7 +37,7 @@ class Training:
     clip_grad: data.by_recipe(float, "clip_grad") = None  # largest norm of the gradient
     bn_mode: Literal["eval", "train"] = "eval"  # BatchNorm: eval keeps the source's statistics
     augment: bool = True  # random changes of the training images, as the data set says
-    seed: int = 0  # order and augmentation of the images, and all other randomness
+    seed: int = 0  # order and augmentation of the images, and all other randomness of the adaptation
 
 
 @dataclass
