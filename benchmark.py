@@ -54,8 +54,8 @@ def seeds(text):
 
 @dataclass
 class RunGrid:
-    """Run methods x pairs x split seeds x seeds. Commands that are finished are skipped, even if images have changed
-    since: only a script sees that."""
+    """Run methods x pairs x split seeds x source seeds x seeds. Finished commands are skipped, even if images have
+    changed since: only the method's script notices that."""
 
     methods: tuple[str, ...] = (*METHODS, "naive_ft --oracle")
     """scripts by name, each with flags of its own if quoted: "naive_ft --bn-mode train --name naive_ft_bn_train" """
@@ -66,7 +66,7 @@ class RunGrid:
     seeds: str = "0"
     """training seeds"""
     source_seeds: str = "0"
-    """of the source models; split: each split seed's own number, so that intervals speak of source models too"""
+    """seeds of the source models; split: equal to the split seed, so that intervals cover source models too"""
     pcv: int = 0
     """pseudo splits per run for PCV calibration, each one more run (none for an oracle)"""
     jobs: int = 1
@@ -266,7 +266,7 @@ def read(folder):
 
 
 def how_many(seen_classes):
-    """The flag's value; of a list of names their number, and letters that tell one list from another."""
+    """The value of --seen-classes; for a list of names, their number and four hex digits that identify the list."""
     if not seen_classes.startswith("["):
         return seen_classes
     return f"{len(json.loads(seen_classes))} ({sha256(seen_classes.encode()).hexdigest()[:4]})"
@@ -276,8 +276,8 @@ def collect(folders, over_targets=False):
     """{task: {method: {(unit, target, split seed, source seed, seed): run}}} of all finished runs but pseudo splits.
 
     A run is what eval.read_run returns. over_targets makes one task of all targets of a source. Intervals are over
-    units: the targets of such a task, else the splits, of which some seeds may give the same. Raises InputError if runs
-    of one method and task differ in more than seeds, or runs of one task in their classes.
+    units: the targets of such a task, else the splits; several split seeds may give the same split. Raises InputError
+    if runs of one method and task differ in more than seeds, or runs of one task in their classes.
     """
     tasks, settings, classes, splits, starts = {}, {}, {}, {}, {}
     not_compared = {*SEEDS, *(["target"] if over_targets else [])}
@@ -397,8 +397,8 @@ def rows_of(tasks, reference):
 
 
 def over_tasks(rows):
-    """A row per method: what it closed on every task, and its mean and worst over all; the methods without come last.
-    The tasks of TUNED_ON have a * behind their names."""
+    """A row per method, without oracles: what it closed on every task, and the mean and worst of these. Sorted from the
+    worst mean to the best, None last; then those with unlabelled images. A * marks the tasks of TUNED_ON."""
     tuned = tuple("{} {} to {}, ".format(*pair.split(":")) for pair in TUNED_ON)
     tasks = sorted({row["task"] for row in rows})
     lines = {row["method"]: {"method": row["method"], "pool": row["pool"]} for row in rows if row["method"] != SOURCE}

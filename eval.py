@@ -2,8 +2,8 @@
 
     python eval.py RUN... --format md        # every figure anew, from the runs' logits.npz
 
-Functions on arrays (numpy's, or tensors), which need numpy alone and raise ValueError. Accuracies are top-1 in % over
-all C candidate classes. What is not known is None (null, -), never nan.
+The functions take numpy arrays or tensors, need numpy alone and raise ValueError. Accuracies are top-1 in % over all C
+candidate classes. An unknown figure is None (null in JSON, empty in CSV, - in Markdown), never nan.
 """
 
 import csv
@@ -70,7 +70,7 @@ def accuracies(logits, labels, seen, gamma=0.0):
     seen_among_seen, unseen_among_unseen: the same images, with the candidates of their own group only.
     harmonic_mean: of seen and unseen. class_mean: mean accuracy over the classes that have images.
     ausuc: area under the seen-unseen curve (Chao et al. 2016, arXiv 1605.04253), from 0 to 1; no bias can change it.
-    Without images of either group, overall, harmonic_mean, class_mean and ausuc are not known: None.
+    If seen or unseen classes have no images, overall, harmonic_mean, class_mean and ausuc are not known: None.
     Raises ValueError as check does, and at nan or inf.
     """
     logits, labels, seen = check(logits, labels, seen)
@@ -129,8 +129,8 @@ def seen_unseen_curve(logits, labels, seen):
     """What a bias gamma on the unseen classes' logits trades: (gamma, seen accuracy, unseen accuracy), each [K + 1].
 
     The K values at which a prediction flips from a seen to an unseen class are found by sorting, O(N C + N log N).
-    There is one point between each two of them and one beyond either end. gamma is the middle of its range, or 0 where
-    0 lies inside. Accuracies are in %, over all C candidates. Raises ValueError as check does, or for lack of one."""
+    There is one point midway between each two of them and one beyond either end; where such a range has 0, it is at 0.
+    Accuracies: %, over all C candidates. Raises ValueError as check does, at nan or inf, or if a group has no image."""
     return curve(*flip_points(logits, labels, seen))
 
 
@@ -152,10 +152,10 @@ def effective_rank(features):
 
 
 def logit_gap(logits, labels, seen, of_group):
-    """Mean over images of the gap between the logits of the seen classes, but the image's own, and of the unseen.
+    """Mean over images of of_group(logits of the seen classes but the label's) - of_group(logits of the unseen ones).
 
-    of_group: np.mean or np.max, of a group's logits. None without images, or with a single seen class.
-    Raises ValueError as check does, and on a label of an unseen class."""
+    of_group: np.mean or np.max, over the classes. None without images, or with a single seen class.
+    Raises ValueError as check does, at nan or inf, and at a label of an unseen class."""
     logits, labels, seen = check(logits, labels, seen)
     check_finite(logits)
     if not seen[labels].all():
@@ -200,10 +200,10 @@ def best_gamma(logits, labels, seen):
 
 
 def pcv_gamma(splits):
-    """PCV, pseudo cross-validation (arXiv 2409.16223): (gamma, its spread).
-    splits: (logits, labels, seen) of the held-out training images of runs in which other seen classes play the unseen.
-    gamma is the best for all images together, the spread that of their own; None where no split has images of both
-    groups. The paper takes the mean of these, where pseudo-unseen accuracy is not under the source model's."""
+    """PCV, pseudo cross-validation (arXiv 2409.16223): (gamma, spread), or (None, None) if no split has both groups.
+    splits: (logits, labels, seen) of held-out training images, one for each run in which some seen classes play unseen.
+    gamma is the best bias for the images of all splits together; spread is max - min of the splits' own best biases.
+    The paper takes the mean of those biases, where pseudo-unseen accuracy is not below the source model's."""
     points = [named(f"pseudo split {i}", flip_points, *split) for i, split in enumerate(splits)]
     own = [best_bias(*point) for point in points if 0 < point[1].sum() < len(point[1])]
     if not own:
@@ -242,7 +242,7 @@ def read_arrays(path, names, optional=()):
 
 
 def compared(flags):
-    """The part of a run's flags that determines its figures. Of the data set folder, the path is part of the data."""
+    """The flags of a run that determine its figures. For --dataset folder data_root is one: it says which images."""
     kept = ("data_root",) if flags.get("dataset") == "folder" else ()
     return {name: value for name, value in flags.items() if name in kept or name not in NOT_COMPARED}
 

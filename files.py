@@ -21,7 +21,7 @@ import torch
 
 
 class InputError(ValueError):
-    """Something that the user can mend. A program shows it as one line and ends with exit code 2."""
+    """A mistake that the user can mend. A program prints it without a traceback and ends with exit code 2."""
 
 
 def fail(error):
@@ -48,12 +48,12 @@ def write_atomic(path, write):
         os.replace(temporary, path)
     except OSError as error:
         why = error.strerror or error
-        raise InputError(f"{path}: cannot be written ({why}); what it held is still there") from error
+        raise InputError(f"{path}: cannot be written ({why}); no file was changed") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-    if hasattr(os, "O_DIRECTORY"):  # the new name is on the disk only when the folder is
-        with contextlib.suppress(OSError):  # some network file systems cannot tell
+    if hasattr(os, "O_DIRECTORY"):  # the new name survives a crash only if the folder is synced too
+        with contextlib.suppress(OSError):  # some network file systems cannot sync a folder
             folder = os.open(path.parent, os.O_DIRECTORY)
             try:
                 os.fsync(folder)
@@ -141,8 +141,8 @@ def make_folder(path):
 
 def take_lock(path, owned, wait=False):
     """Lock the file `path`, or return None where another process has the lock and wait is False. The system frees the
-    lock when the process ends, however it ends. What an owner that died left half written of the files `owned`, a
-    pattern, is removed."""
+    lock when the process ends, however it ends. Removes the temporary files that a dead owner left of files whose names
+    match the glob pattern `owned`. Raises InputError where no lock can be made."""
     make_folder(path.parent)
     lock = filelock.FileLock(path)
     try:
@@ -150,15 +150,15 @@ def take_lock(path, owned, wait=False):
     except filelock.Timeout:
         return None
     except (OSError, NotImplementedError) as error:  # the latter where a file system has no locks
-        raise InputError(f"{path}: cannot be made ({getattr(error, 'strerror', error)})") from error
+        raise InputError(f"{path}: cannot be locked ({getattr(error, 'strerror', error)})") from error
     for temporary in path.parent.glob(f".{owned}.tmp"):
         temporary.unlink(missing_ok=True)
     return lock
 
 
 def differences(old, new):
-    """What two dicts of flags differ in, for people; "" if in nothing. None and False are as no flag: an older run has
-    no flag that is newer than it."""
+    """The differences of two dicts of flags as text, "name old (now new), ..."; "" if there are none. None and False
+    count as a missing flag, since an older run lacks the flags that came after it."""
     old, new = ({k: v for k, v in flags.items() if v is not None and v is not False} for flags in (old, new))
     names = [name for name in new | old if new.get(name) != old.get(name)]
     return ", ".join(f"{name} {old.get(name)} (now {new.get(name)})" for name in names)
@@ -175,7 +175,7 @@ class Stop:
         self.minutes, self.signal, self.in_step, self.handlers = minutes, 0, False, {}
 
     def listen(self):
-        """Take both signals over, but for one that is ignored: nohup, or a shell's &, has asked for that."""
+        """Handle both signals, except one that is ignored already: SIGINT is, where a shell script used &."""
         main = threading.current_thread() is threading.main_thread()  # no other thread may
         for number in (signal.SIGINT, signal.SIGTERM):
             if main and signal.getsignal(number) != signal.SIG_IGN:
@@ -225,10 +225,10 @@ class Checkpoint:
                 self.refuse(f"of a training with {other}")
 
     def refuse(self, why):
-        raise InputError(f"checkpoint {self.path}: {why}; delete it, or pass a run's --overwrite, to start anew")
+        raise InputError(f"checkpoint {self.path}: {why}; delete it to start anew (a run's: or pass --overwrite)")
 
     def resume(self, **parts):
-        """parts: whatever has a state_dict, model among them, and dicts of lists of tensors."""
+        """Restore the parts (model, optimizer, more with a state_dict, dicts of lists of tensors) and random states."""
         self.parts, self.saved = parts, time.perf_counter()
         self.stop.hold()
         if self.content is None:
@@ -252,8 +252,8 @@ class Checkpoint:
         return self.stop.signal or time.perf_counter() - self.saved >= 60 * self.stop.minutes
 
     def check_finite(self, losses, steps, advice):
-        """Raises InputError, with the advice, if a weight, or one of the losses (floats of the steps up to `steps`), is
-        not finite."""
+        """Raises InputError, with the advice, if a weight, a value of the optimizer's state or a loss is not finite.
+        losses: floats of the last len(losses) steps. steps: the number of the last one."""
         bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
         tensors = [*self.parts["model"].state_dict().values()]
         tensors += [value for state in self.parts["optimizer"].state.values() for value in state.values()]

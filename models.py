@@ -50,8 +50,8 @@ class Classifier(nn.Module):
 
 
 def evaluation_batch(device, image_shape):
-    """How many images (c, H, W) are evaluated at a time: the fewer the larger they are. On a CPU as many as stay in its
-    cache, 4 to 64; elsewhere 16 to 512, which it still is at 3x224x224."""
+    """The number of images (c, H, W) to evaluate at a time: fewer if they are larger. On a CPU 4 to 64, so that a batch
+    stays in the cache; elsewhere 16 to 512, and 512 up to 3x224x224."""
     fewest, most, values = (4, 64, 600_000) if device.type == "cpu" else (16, 512, 512 * 3 * 224 * 224)
     return min(most, max(fewest, values // image_shape.numel()))
 
@@ -59,8 +59,8 @@ def evaluation_batch(device, image_shape):
 @torch.inference_mode()
 def predict(model, images, return_features=False, batch_size=None):
     """float32 logits [N, C] of a Classifier in eval mode for uint8 images [N, c, H, W], as a numpy array. With
-    return_features also the float32 features [N, D]. Every module is left in the mode that it was in. A compiled model
-    runs eagerly here. batch_size: None is evaluation_batch's. It is halved where the device has too little memory."""
+    return_features also the float32 features [N, D]. Every module gets its mode back. A compiled model runs eagerly.
+    batch_size: None takes evaluation_batch's. It is halved while memory is short; at 1 that raises OutOfMemoryError."""
     was_training = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
     cuda = device.type == "cuda"  # there nothing waits for a copy from pinned memory: the next batch is read meanwhile
@@ -70,7 +70,7 @@ def predict(model, images, return_features=False, batch_size=None):
         batches = (batch.pin_memory() if cuda else batch for batch in images.split(size))
         batches = (batch.to(device, non_blocking=cuda, memory_format=torch.channels_last) for batch in batches)
         try:
-            with torch.compiler.set_stance("force_eager"):  # else more sizes make the graph that trains dynamic
+            with torch.compiler.set_stance("force_eager"):  # new batch sizes would make the training graph dynamic
                 parts = [model(batch, return_features) for batch in batches]
         except torch.OutOfMemoryError:
             if size == 1:
@@ -109,8 +109,8 @@ def build(arch, classes, image_shape, weights=None):
     """A Classifier with a new head for `classes` classes and images of image_shape (c, H, W).
 
     arch: small_cnn, lenet, a classifier of torchvision by name (resnet18, vit_b_16, ...), timm:NAME or clip:NAME.
-    weights, for the pretrained: imagenet (the package's default weights, downloaded; so is None), none (random), or a
-    file with a state dict. Raises InputError where one of these does not exist or does not fit.
+    weights: None or imagenet (the package's default weights, downloaded), none (random), or a file with a state dict.
+    SMALL: None or none, both random. clip: see clip_classifier. Raises InputError if one is unknown or does not fit.
     """
     channels, *sides = image_shape
     if arch.startswith("clip:"):
@@ -139,7 +139,7 @@ def original(arch, weights="none"):
             known = "small_cnn, lenet, resnet18, vit_b_16, another of torchvision's classifiers, timm:NAME or clip:NAME"
             raise InputError(f"--arch {arch}: unknown; choose {known}")
         more = {}
-        if arch.startswith("vit"):  # vit_h_14's weights are for 518 pixels, which it is not told without them
+        if arch.startswith("vit"):  # without weights torchvision assumes 224 pixels; vit_h_14's weights are for 518
             more["image_size"] = torchvision.models.get_model_weights(arch).DEFAULT.transforms().crop_size[0]
         weights_name = "DEFAULT" if pretrained else None
         network = load(arch, torchvision.models.get_model, arch, weights=weights_name, **more)
@@ -191,12 +191,12 @@ def load(arch, create, *args, **kwargs):
     except ImportError as error:
         raise InputError(f"--arch {arch}: needs an optional package: pip install timm open_clip_torch") from error
     except (OSError, RuntimeError) as error:
-        what = f"--weights: those of {arch} could not be downloaded ({first_line(error)})"
-        raise InputError(f"{what}; pass --weights FILE, a state dict, or --weights none to start anew") from error
+        what = f"--weights: the pretrained ones of {arch} could not be downloaded ({first_line(error)})"
+        raise InputError(f"{what}; pass --weights FILE, a state dict, or --weights none for random ones") from error
 
 
 class ClipImages(nn.Module):
-    """The image tower of a CLIP: features of length 1. Images of another size, CIFAR's, are enlarged to its own."""
+    """The image tower of a CLIP; features have L2 norm 1. Images of another size, CIFAR's, are enlarged to its own."""
 
     def __init__(self, visual):
         super().__init__()
@@ -210,10 +210,10 @@ class ClipImages(nn.Module):
 
 
 def clip_classifier(arch, classes, sides, weights=None, names=None, device="cpu"):
-    """The Classifier of clip:NAME for images [3, H, W] of CLIP's own sides (H, W), or at most 32, with a new head.
-    Given the classes' names, it is CLIP's zero-shot classifier: a row is a name's mean embedding in the 80 templates
-    that OpenAI used for ImageNet, times the logit scale (for some sets OpenAI published others). open_clip squashes the
-    images of some later models, here all are cropped. weights: a tag of open_clip (None: openai), a file, or none.
+    """The Classifier of clip:NAME with a new head, for images [3, *sides]: CLIP's own sides, or at most 32 (CIFAR's).
+    names: with the classes' names it is CLIP's zero-shot classifier. A row of the head is a name's mean embedding in
+    OpenAI's 80 ImageNet templates, times the logit scale; for some sets OpenAI published other templates. Images are
+    cropped; open_clip squashes those of some later models. weights: an open_clip tag (None: openai), a file, or none.
     """
     open_clip, name = load(arch, importlib.import_module, "open_clip"), arch.removeprefix("clip:")
     if name not in open_clip.list_models():
@@ -229,7 +229,7 @@ def clip_classifier(arch, classes, sides, weights=None, names=None, device="cpu"
     if not file and tag and bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu")) != quick:
         other = name.removesuffix("-quickgelu") if quick else f"{name}-quickgelu"  # fits, and gives worse features
         raise InputError(f"--arch {arch}: has another activation than the weights {tag}; take clip:{other}")
-    if max(sides) > 32:  # CIFAR's are no files that could be decoded to another size
+    if max(sides) > 32:  # CIFAR's images are arrays, which --image-size cannot change
         check_sides(arch, sides, [config["vision_cfg"]["image_size"]] * 2)
     model = load(arch, open_clip.create_model, name, None if file else tag).eval()
     if file:
@@ -268,10 +268,10 @@ def choose_device(device, amp, arch):
 
 
 def autocast_dtype(device):
-    """The dtype that pays on this device: bfloat16 where it multiplies in that (CUDA: not by emulation; a CPU: with
-    AVX512-BF16 or AMX), float16 on any other CUDA GPU, None elsewhere."""
+    """The dtype to autocast to on this device: bfloat16 if its hardware multiplies in it (a CPU: AVX512-BF16 or AMX),
+    float16 on any other CUDA GPU, None (no autocast) elsewhere."""
     if device.type == "cuda":
-        with torch.cuda.device(device):  # the question is about the current one
+        with torch.cuda.device(device):  # is_bf16_supported is about the current device
             return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     can = getattr(torch.cpu, "get_capabilities", dict)()  # an old torch cannot say
     fast = device.type == "cpu" and (can.get("avx512_bf16") or can.get("amx_bf16"))
@@ -279,9 +279,9 @@ def autocast_dtype(device):
 
 
 def tune_process():
-    """Set, for this process, what makes training fast: TF32 (10 of float32's 23 bits) in what CUDA multiplies, with
-    --amp off too unless the environment has NVIDIA_TF32_OVERRIDE=0, and glibc's memory. glibc keeps what a step frees
-    for the next one, up to blocks of 32 MB; by default the system clears and maps most of it anew at every step."""
+    """Make this process train faster, in two ways. CUDA multiplies float32 matrices in TF32 (10 of 23 mantissa bits),
+    with --amp off too, unless the environment has NVIDIA_TF32_OVERRIDE=0. And glibc keeps the memory that a step frees,
+    in blocks up to 32 MB, for the next step; by default the system maps and clears most of it anew at every step."""
     torch.set_float32_matmul_precision("high")
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -372,8 +372,8 @@ def train_once(model, task, seed, path, key, arch, stop, resident):
 
 
 def renamed(state, model, where):
-    """A state dict of torchvision's or timm's names with the Classifier's, to which mean and std belong. Any other is
-    left as it is. Raises InputError at a head for another number of classes, and at two heads."""
+    """The state dict with torchvision's or timm's names replaced by the Classifier's, with the model's mean and std.
+    Any other state dict is returned as is. Raises InputError at two heads, or a head for another number of classes."""
     if isinstance(model.head_name, tuple) and all(f"{name}.weight" in state for name in model.head_name):
         raise InputError(f"{where}: has two heads ({', '.join(model.head_name)}); distilled networks are not offered")
     head = f"{model.head_name}.weight"
@@ -388,10 +388,10 @@ def renamed(state, model, where):
 
 
 def load_source(model, path, key, task):
-    """Load a source model's file into `model`: {"model": state dict, "classes": names}, or a bare state dict, of the
-    Classifier or in torchvision's or timm's names, whose classes are taken as the task's. key: source_key's for the
-    model that was put there, None for the user's file. Raises InputError if it is another's, is over other classes or
-    does not fit."""
+    """Load a source model's file into `model`: {"model": state dict, "classes": names}, or a bare state dict, which is
+    taken to be over the task's classes. Its names are the Classifier's, torchvision's or timm's. key: the source_key of
+    a file that train_once wrote, None for the user's file. Raises InputError if the file has another key or other
+    classes, or does not fit."""
     flag = "--source-checkpoint" if key is None else "source model"
     saved, where = read_checkpoint(path, flag), f"{flag} {path}"
     saved = saved if isinstance(saved, dict) else {}
@@ -407,10 +407,10 @@ def source_model(
 ):
     """The Classifier that knows all of task.classes in the source domain, in eval mode, on the device.
 
-    checkpoint: the user's file, see load_source. Without one it is read from the folder cache/source_models, or
-    trained on task.source_train and put there, under a key of everything that determines it. stop: a files.Stop.
-    resident: as of Batches, for the training; on is taken as auto, as source images are many. Raises InputError if the
-    file does not fit the task or the architecture.
+    checkpoint: the user's file, see load_source. Without one the model is read from the folder cache/source_models. If
+    it is not there, it is trained on task.source_train (a CLIP is built from its weights) and saved there by its key.
+    stop: a files.Stop. resident: as in Batches, for that training; on counts as auto, since source images are many.
+    Raises InputError if the file does not fit the task or the architecture.
     """
     classes, shape, clip = task.classes, task.target_train.images.shape[1:], arch.startswith("clip:")
     if task.source_train is None and not clip and checkpoint is None:

@@ -88,7 +88,7 @@ def images_below(folder, above=()):
 def find_images(paths):
     """The image files that `paths` name: images, folders, and .txt files with a path per line; each once, in order.
 
-    Raises InputError at a path that does not exist.
+    Raises InputError if one of `paths` does not exist. Paths in a .txt file are not checked here.
     """
     found = []
     for path in paths:
@@ -208,8 +208,8 @@ def original(model):
 
 
 def export(model, kind, path):
-    """Write the model to `path`, after what was written was compared with it on a batch. Raises InputError if they
-    differ by more than 1e-4, of the largest logit where that is above 1.
+    """Write the model to `path`, after comparing the export with it on a random batch. Raises InputError if the logits
+    differ by more than 1e-4 * max(1, largest absolute logit).
 
     onnx and pt2 take float images [N, channels, side, side] in [0, 1] and give logits [N, C], for any N.
     """

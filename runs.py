@@ -1,6 +1,6 @@
 """One run of a script: its flags, its folder, the log, the checkpoint from which it goes on, the result.
 
-with Run(__file__, args) as run:       # an InputError inside is shown as one line, exit code 2
+with Run(__file__, args) as run:       # an InputError inside is shown without a traceback, exit code 2
     args = run.open(task)              # writes nothing yet; a finished run is shown again and ends here
     run.start(model)                   # epoch 0, the source model
     run.resume(model=model, ...)       # goes on where an earlier start stopped: run.epoch, run.steps
@@ -43,7 +43,7 @@ HEADER = "epoch     loss    seen  unseen overall  images/s  seconds"
 @dataclasses.dataclass
 class RunArgs:
     device: str = "auto"  # auto, cpu, cuda, cuda:1
-    amp: Literal["auto", "bfloat16", "float16", "off"] = "auto"  # autocast; auto: not if small; off on CUDA: TF32
+    amp: Literal["auto", "bfloat16", "float16", "off"] = "auto"  # autocast; auto: not small nets; off: TF32 on CUDA
     compile: FlagCreatePairsOff[bool] = False  # torch.compile the model
     resident: Literal["auto", "on", "off"] = "auto"  # keep training images on the device; auto: on CUDA, if they fit
     runs_dir: str = "runs"  # where run folders and source models are kept
@@ -96,8 +96,8 @@ LIMITS |= {"test_share": (0, 0.9), "checkpoint_every": (0, data.MOST), "clip_gra
 
 
 def fingerprint(model, task):
-    """A digest of the weights, the target's labels and seen classes, and of how many unlabelled images there are: for
-    what args.json names by a path only."""
+    """SHA-256 (hex) of the weights, the target's labels and seen classes, and the number of unlabelled images: it shows
+    changes in files of which args.json has only the path."""
     digest, splits = hashlib.sha256(), (task.target_train, task.target_test, task.target_unlabelled)
     for tensor in (*model.state_dict().values(), task.seen, *(split.labels for split in splits if split)):
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
@@ -105,8 +105,8 @@ def fingerprint(model, task):
 
 
 def digests(task):
-    """Digests of a task's images (if in files: which of them) and labels: "source", "train", and "test" with what is
-    seen."""
+    """{"source", "train", "test": digest of the part's images and labels} of a task. Of images in files the digest has
+    only the indices. That of "test" also has the seen classes. A part without images is left out."""
     splits, found = {"source": task.source_train, "train": task.target_train, "test": task.target_test}, {}
     for name, split in splits.items():
         if split is None:
@@ -183,10 +183,10 @@ def hints(logits, labels, given):
 
 
 def record_of(args, script, classes):
-    """The args as args.json has them: with what is in the files that they name, as a file may come to hold something
-    else, and what the environment or the script's name adds."""
+    """The args as args.json has them. Where they name a file, its content or digest is recorded: the file may change.
+    So are the data root of `folder` where no flag gives it, and the script's name where --name is given."""
     record = dataclasses.asdict(args)
-    if args.name:  # which need not say it
+    if args.name:  # it need not say which script it is
         record["script"] = script
     if args.dataset == "folder" and args.data_root is None:
         record["data_root"] = str(data.home("folder", None))
@@ -204,8 +204,8 @@ def record_of(args, script, classes):
 
 class Run:
     """The folder runs/<dataset>/<source>-<target>/<method>/split<k>-seed<s>[-source<n>]/ and what is written into it.
-    A pseudo run's last part is pseudo<k>, too. epoch, steps: where the run goes on. source: the source model's logits
-    "test" and "train" as tensors, and its "figures"."""
+    A pseudo run's folder ends in -pseudo<k>. epoch: the first that is left to train. steps: how many are done. source:
+    the source model's logits "test" and "train" as tensors, and its accuracies, "figures"."""
 
     def __init__(self, script, args):
         self.args, self.started = args, time.perf_counter()
@@ -249,9 +249,9 @@ class Run:
         self.lock.release()
 
     def open(self, task):
-        """The args, with the task's recipe in place of every None. Ends the program where the folder holds a finished
-        run with these arguments, which is shown, or where another process works in it (exit code 3). Raises InputError
-        if it holds a run with other arguments."""
+        """The args, with the task's source, target, seen classes and recipe where these were None. If the folder has a
+        finished run with these arguments, shows it and ends the program (exit code 0). If another process works in it,
+        ends the program (exit code 3). Raises InputError if it holds a run with other arguments."""
         self.task, self.images_of_task = task, digests(task)
         known = {name: getattr(task, name) for name in ("source", "target", "seen_classes")} | task.recipe
         known |= {f"source_{name}": value for name, value in task.source_recipe.items()}
@@ -282,7 +282,7 @@ class Run:
         return args
 
     def show_if_finished(self):
-        """End the program if the folder holds a finished run with these arguments. InputError: one with others."""
+        """If there is a finished run, show it and exit. Raises InputError at other arguments or images, or damage."""
         if self.args.overwrite or not any((self.folder / name).exists() for name in ("args.json", "done.json")):
             return
         if other := files.differences(compared(files.read_json(self.folder / "args.json")), compared(self.record)):
@@ -298,13 +298,14 @@ class Run:
         known = done.get("images", {})  # an older run has not all of them
         if any(known.get(name, digest) != digest for name, digest in self.images_of_task.items()):
             raise InputError(f"{self.folder} holds a run on other images; pass --overwrite, --name or --runs-dir")
-        with contextlib.suppress(OSError):  # it is there if the run was killed between its last two steps
+        with contextlib.suppress(OSError):  # it is there if the run was killed just after it wrote done.json
             (self.folder / "checkpoint.pt").unlink()
         print(f"already finished (--overwrite runs it again): {self.folder}\n{result_table(run)}")
         raise SystemExit(0)
 
     def start(self, model, **extras):
-        """Evaluate the source model as epoch 0 and start the folder anew, with extras in its log, unless it is done."""
+        """Empty the folder and evaluate the source model as epoch 0, with extras in its log line. A run that goes on
+        skips both; raises InputError if its source model, classes or labels are not those that it started with."""
         before, self.origin = self.origin, fingerprint(model, self.task)
         if self.lines:
             if before != self.origin:
@@ -325,7 +326,7 @@ class Run:
         self.source["figures"] = figures
 
     def resume(self, **parts):
-        """Put the parts, all that a step changes, where an earlier start left them. From here on a signal waits."""
+        """Restore the parts, all that a step changes, from the checkpoint, if any. From here on a signal waits."""
         self.checkpoint.resume(**parts)
         self.clock = time.perf_counter()
         if self.checkpoint.content:
@@ -354,7 +355,7 @@ class Run:
         self.writer.flush()
 
     def step(self, loss, images, **extras):
-        """Count a step. The loss and extras, scalar tensors whose means are logged, stay on their device until then."""
+        """Count a step on `images`. loss and extras: scalar tensors; they stay on their device until the next save."""
         self.steps += 1
         self.images += len(images)
         self.bar.update()
@@ -364,7 +365,7 @@ class Run:
             self.save()
 
     def save(self):
-        """Write the checkpoint; returns when its steps were done. Raises InputError at a loss or weight not finite."""
+        """Write the checkpoint; returns the time its steps ended. Raises InputError at a loss or weight not finite."""
         for name, values in self.pending.items():
             self.values.setdefault(name, []).extend(torch.stack(values).tolist())  # waits for the device
         self.pending, now = {}, time.perf_counter()
@@ -376,7 +377,7 @@ class Run:
         return now
 
     def evaluate(self, epoch, model, **extras):
-        """Accuracies on the target's test images, with extras beside them in log.jsonl, unless they are there."""
+        """Save, then log the accuracies on the target's test images and the extras, unless this epoch is logged."""
         if epoch < len(self.lines):
             return
         done = self.save()
@@ -412,7 +413,7 @@ class Run:
         return figures
 
     def calibrate(self, model):
-        """Add the bias of --calibrate to the head's; returns it. No checkpoint has it: a killed run adds it once."""
+        """Add --calibrate's bias to the unseen logits; returns it. No checkpoint has it, so it is never added twice."""
         gamma, train = self.args.calibrate, self.task.target_train
         if gamma is None:
             return None
@@ -425,7 +426,7 @@ class Run:
         return gamma
 
     def finish(self, model):
-        """Save what `model`, the one evaluated last, is and predicts. With done.json, the last file, it is finished."""
+        """Write logits.npz, model.pt and, last, done.json of `model`, which must be the one that was evaluated last."""
         self.stop.release()
         gamma = self.calibrate(model)
         test, train = self.task.target_test, self.task.target_train

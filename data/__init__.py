@@ -79,8 +79,8 @@ class Task:
     recipe: the data set's values of the flags that the command line leaves open (architecture, epochs, rates);
     source_recipe: those of the source model's training. seen_classes: the flag's value, which chose the seen ones.
     source_train and source_test are None where the source model comes trained (CLIP, --source-checkpoint).
-    target_unlabelled: images of any class whose labels are all -1, for a script that asks for them; its first are
-    target_train's, none is target_test's.
+    target_unlabelled: images of any class, with -1 for every label, for a script that asks for them. It starts with
+    target_train's and has none of target_test's, unless test_share is 0.
     """
 
     dataset: str
@@ -128,7 +128,7 @@ def choose_seen(seen_classes, classes, present, split_seed, paper=None):
     if not 1 <= count < len(classes):
         raise InputError(
             f"{flag}: makes {count} of {len(classes)} classes seen; "
-            f"1 to {len(classes) - 1} leave something to learn from and something unseen"
+            f"choose 1 to {len(classes) - 1}, so that some are seen and some unseen"
         )
     seen = torch.zeros(len(classes), dtype=torch.bool)
     seen[torch.as_tensor(index)] = True
@@ -165,9 +165,9 @@ def targets(dataset, source, data_root=None):
 
 
 def recipes_of(args, entry, images, source_images):
-    """(recipe, source_recipe) of a Task with so many labelled images of the seen classes, and of the source (or None).
-
-    The flags --source-steps, --source-batch-size, --source-lr and --source-backbone-lr are put into the latter. Raises
+    """(recipe, source_recipe) of a Task. images: the number of labelled target images of the seen classes.
+    source_images: the number of images to train the source model on, None where that comes trained. The flags
+    --source-steps, --source-batch-size, --source-lr and --source-backbone-lr are put into source_recipe. Raises
     InputError if they are given where the source model comes trained.
     """
     recipe = entry["recipe_for"](images) if "recipe_for" in entry else dict(entry["recipe"])
@@ -186,8 +186,8 @@ def recipes_of(args, entry, images, source_images):
 
 
 def choose_domains(args, domains):
-    """(source, target) of the flags, or the first domain and the next. Raises InputError if they cannot be, and where
-    people's own folders do not make them plain."""
+    """(source, target): the flags', else the first domain and the next. Raises InputError if one is no domain or cannot
+    have its role, and where it is not clear which domain of --dataset folder is which."""
     if args.dataset == "folder":
         source, target = plain_domains(args, domains)
     else:
@@ -205,8 +205,8 @@ def choose_domains(args, domains):
 
 
 def load_domain(domain, args, more=(), decode=True):
-    """The Domain of this name, or None where there are no images to train a source model on; and the Images of more
-    files, which belong to no class, or None. decode: unless false, images in files are decoded."""
+    """(the Domain of this name, or None for a source without images; the Images of the files `more`, or None).
+    more: paths of images that belong to no class. decode: False leaves images in files as paths, and drops `more`."""
     entry, root = DATASETS[args.dataset], home(args.dataset, args.data_root)
     if args.download:
         if "download" not in entry:
@@ -222,7 +222,7 @@ def load_domain(domain, args, more=(), decode=True):
         return None, None
     found = Domain(*found)
     if not decode:
-        return found, None
+        return found._replace(images=np.array(found.images)), None
     if isinstance(found.images, list):
         usual = entry["recipe"].get("image_size", PHOTO_RECIPE["image_size"])
         size = usual if args.image_size is None else args.image_size
@@ -271,12 +271,11 @@ def load_task(args, pool=False):
     entry = DATASETS[args.dataset]
     source, target = choose_domains(args, domains)
     named = known_classes(args)
-    trained = args.source_checkpoint is not None
+    trained = args.source_checkpoint is not None  # of the source's images only the classes have a part then
     whole = load_domain(source, args, decode=not trained)[0] if source in domains else None
     more = image_files(args.unlabelled, home(args.dataset, args.data_root) / target) if pool else ()
     here, others = load_domain(target, args, more)
     classes = whole.classes if whole and not args.classes else named or here.classes
-    whole = None if trained else whole  # of the images of a model that comes trained only the classes had a part
     whole = whole and relabel(whole, classes, f"--source {source}", args.ignore_unknown_classes)
     here = relabel(here, classes, f"--target {target}", args.ignore_unknown_classes)
     train, test = split_target(here, target, args.split_seed, args.test_share)
@@ -289,7 +288,7 @@ def load_task(args, pool=False):
         raise InputError(f"--oracle: the target {target} has training images of the seen classes only")
     augmentation = augmentation_of(args, entry["augmentation"])
     used = train if args.oracle else labelled
-    splits = [*source_splits(whole, augmentation), make_split(here, used, augmentation)]
+    splits = [*source_splits(None if trained else whole, augmentation), make_split(here, used, augmentation)]
     splits += [make_split(here, test, augmentation) if len(test) else splits[-1]]
     recipes = recipes_of(args, entry, len(labelled), splits[0] and len(splits[0].labels))  # an oracle trains as long
     task = Task(args.dataset, source, target, classes, seen, *splits, *recipes, seen_classes)

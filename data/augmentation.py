@@ -99,8 +99,8 @@ def change_colours(images, brightness, contrast, saturation, hue, gray, order=(0
 
 def random_photo(images, rng, crop=0.7, jitter=0.3, gray=0.1, flip=0.5):
     """The published recipe for photographs: RandomResizedCrop of scale crop..1 and ratio 3/4..4/3, a flip with
-    probability flip, ColorJitter of strength jitter four times, no colour with probability gray. All drawn from `rng`,
-    on the CPU.
+    probability flip, ColorJitter with jitter for all four of its changes, grayscale with probability gray. All drawn
+    from `rng`, on the CPU.
 
     images [N, 3, H, W] float in [0, 1]. Two things differ from torchvision: the crop is of the image that was already
     resized to the square, and the four colour changes come in one random order for the whole batch.

@@ -30,12 +30,12 @@ class Batches:
     """Endless shuffled and augmented batches. `batches(step)` depends on (seed, step) alone, whatever the device, so a
     run that died goes on at any step, and two methods with one seed train on the same images in the same order.
 
-    `len(batches)` is the number of steps in one pass over the images; the rest that fills no batch is left
-    out of this pass, another rest of the next. Raises InputError if there are fewer images than one batch.
+    `len(batches)` is the number of steps in one pass over the images. A pass leaves out the images that fill no batch,
+    each pass others. Raises InputError if there are fewer images than one batch.
 
-    resident: keep all images on the device ("on"), or never ("off"), or on a CUDA device if they take at most half of
-    its free memory ("auto"). Images that are neither there nor in this process's memory are read by a thread, a
-    batch ahead of the step that trains on them, and go to a CUDA device from pinned memory on a stream of their own.
+    resident: "on" keeps all images on the device, "off" does not, "auto" does on a CUDA device where they take at most
+    half of its free memory. If they are not kept there, a thread reads each batch one step ahead, unless the images are
+    a tensor and the device is the CPU. A batch goes to a CUDA device from pinned memory, on a stream of its own.
     """
 
     def __init__(self, split, batch_size, device, seed, augment=True, resident="auto"):

@@ -61,7 +61,7 @@ class TaskArgs:
     arch: by_recipe(str, "arch") = None  # also timm:NAME or clip:NAME
     weights: default(str, "imagenet, for clip: openai") = None  # pretrained: imagenet, none, a file, a tag of open_clip
     source_checkpoint: default(str, "none") = None  # a source model to start from instead of training one
-    classes: default(str, "its own", "FILE") = None  # its class names, in its order; a bare state dict has none
+    classes: default(str, "its own", "FILE") = None  # class names of --source-checkpoint, in its order
     source_seed: int = 0  # of the source model's training
     source_steps: by_recipe(int, "source_steps") = None  # of the source model's training
     source_batch_size: by_recipe(int, "source_batch_size") = None  # images per step of it

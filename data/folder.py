@@ -70,8 +70,8 @@ def classes_of(folder):
 
 
 def class_tree(root, below, keep=lambda name: True):
-    """(files, class names) of root/below/CLASS/*: paths below root, each with its class, both sorted by name; of the
-    classes that keep(name) is true for."""
+    """(files, names) of the images root/below/CLASS/*: their paths below root, sorted by class and file name, and the
+    class name of each. Only classes for which keep(name) is true are read."""
     files, names = [], []
     for name in filter(keep, classes_of(root / below)):
         within = entries(root / below / name)
@@ -129,7 +129,7 @@ def domains(root):
 
 
 def model_as_source(args, domains):
-    """The name, as a source, of the model that comes without its images: its file's. None if a domain is the source."""
+    """The name of the source where only its model is given, after the file's name. None if a domain is the source."""
     if args.dataset != "folder" or args.source_checkpoint is None:
         return None
     path = Path(args.source_checkpoint)
@@ -165,10 +165,10 @@ def folder(domain, root):
 
 
 def recipe_for(images):
-    """The published recipe for many labelled target images, and for few one with fewer steps at higher rates.
+    """The published recipe for many labelled target images, and ours for few: fewer steps at higher rates.
 
-    50 passes, but no more than the published 10,000 steps; the backbone's rate times the steps is the published 1, as
-    far as 0.003 goes. A batch has at most an eighth of the images. Ours.
+    Steps: 50 passes, at least 100 and at most the published 10,000. Backbone's rate: 1 / steps, as published, but at
+    most 0.003; the head's is at least that. Batch: an eighth of the images, but 8 to 64, and never more than all.
     """
     batch = min(images, 64, max(8, images // 8))
     steps = min(10_000, max(100, 50 * images // batch))

@@ -151,7 +151,7 @@ def good_files(sums, report, name, root, skip_bad):
         listed = textwrap.indent(report.read_text("utf-8"), "  ") if report.exists() else ""
         raise InputError(
             f"{bad} of {name} below {root} cannot be read:\n{listed}mend or remove them, or pass --skip-bad-images; "
-            f"where they only could not be reached, delete {report.with_name(report.name[:-7] + 'npy')}"
+            f"if they were only out of reach, delete {report.with_name(report.name[:-7] + 'npy')} to read them again"
         )
     if len(good) < len(sums):
         print(f"{name}: {bad} left out, listed in {report}")
@@ -221,7 +221,7 @@ def decode_files(path, root, files, size, fit):
     part = path.with_suffix(".npy.part")
     pixels = continued(part, (len(files), size, size, 3), np.uint8)
     sums = continued(path.with_suffix(".sums.npy"), (len(files),), np.uint32)
-    sums[:] = sums  # take the place on the disk while there is some: a mapped file cannot say later that it is full
+    sums[:] = sums  # take the space on the disk now: a full disk later would be no error in a mapped file, but a crash
     need = np.count_nonzero(sums == 0) * size * size * 3
     free = shutil.disk_usage(path.parent).free
     if need > free:

@@ -58,8 +58,8 @@ def read_csv(path):
 
 
 def domains(root):
-    """("train", and 21 new cameras by their location_remapped): those of the splits val and test, which train has not,
-    with two classes or more and the most images. Which 21 the paper took is not known to us."""
+    """("train", and up to 21 new cameras by their location_remapped): of the splits val and test, which train has not,
+    those with two or more classes and sequences and the most images. Which 21 the paper took is not known to us."""
     rows, _ = read(root)
     images, kinds, sequences = Counter(), {}, {}
     for row in rows:

@@ -59,7 +59,7 @@ def pseudo_task(task, split_seed, number):
 
     Runs 0, 1, 2 ... leave out one class after the other in an order drawn by split_seed, so each gets its turn.
     Images of one group stay together: 30 % of the groups are for testing, and a class that only they show plays an
-    unseen one too. Raises InputError for a negative number, and where no two classes, or no two groups, are left.
+    unseen one too. Raises InputError for a negative number, with --oracle, and if there are not two classes or groups.
     """
     split = task.target_train
     labels = split.labels.numpy()

@@ -18,9 +18,9 @@ from .images import Images
 
 
 def image_files(unlabelled, target_folder):
-    """The files of the images that are in no class folder. target_folder: of the target, with its folder `unlabelled`.
+    """The image files, as str, directly in the folder `unlabelled`, or if that is None in target_folder/unlabelled.
 
-    Raises InputError if a folder that was asked for has none.
+    [] if the latter does not exist. Raises InputError if the folder `unlabelled` has no image.
     """
     folder = Path(unlabelled or Path(target_folder) / "unlabelled").resolve()
     if unlabelled is None and not folder.is_dir():
@@ -41,8 +41,8 @@ def check_other_images(more, own):
             shared.append(file)
     if shared:
         raise InputError(
-            f"--unlabelled {Path(shared[0]).parent}: {len(shared)} of the target's own images are in it, and no pool "
-            "may have what it tests on; without the flag the pool has its training images of every class"
+            f"--unlabelled {Path(shared[0]).parent}: {len(shared)} of the target's own images are in it. Some "
+            "may be test images, which no pool may hold; leave the flag out to use the training images of every class"
         )
 
 
@@ -95,7 +95,7 @@ def read_shares(path, classes, flag):
         shares[name.strip()] = value
     if set(shares) != set(classes) or not 0 < sum(shares.values()) < float("inf") or min(shares.values()) < 0:
         wrong = sorted(set(shares) ^ set(classes))
-        where = f": see {wrong[:5]}" if wrong else ""
+        where = f"; missing or unknown: {wrong[:5]}" if wrong else ""
         raise InputError(f"{path}: needs a number, 0 or more, for each class once{where}")
     values = torch.tensor([shares[name] for name in classes])
     return values / values.sum()

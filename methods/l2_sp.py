@@ -39,7 +39,7 @@ class Training:
     clip_grad: data.by_recipe(float, "clip_grad") = None  # largest norm of the gradient
     bn_mode: Literal["eval", "train"] = "eval"  # BatchNorm: eval keeps the source's statistics
     augment: bool = True  # random changes of the training images, as the data set says
-    seed: int = 0  # order and augmentation of the images, and all other randomness of the adaptation
+    seed: int = 0  # order and augmentation of the images, and all other randomness
 
 
 @dataclass

@@ -122,7 +122,7 @@ def test_classes_are_in_the_models_order(task, photos, tmp_path):
     torch.save(network("resnet18").state_dict(), path)
     given = task(source_checkpoint=path, classes=str(photos / "classes.txt"))
     assert given.classes == ORDER and given.seen.tolist() == [False, True, True, True]
-    for split in (given.source_train, given.target_train, given.target_test):
+    for split in (given.target_train, given.target_test):
         colour = split.images[:].float().mean((2, 3))
         known = torch.tensor([[40 * i % 256, 90 * i % 256, 200 - 25 * i] for i in range(4)]).float()
         alphabetical = torch.cdist(colour, known).argmin(1)
