@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 
@@ -15,12 +16,52 @@ from files import InputError
 sys.path.insert(1, str(ROOT / "results" / "speed"))
 import measure
 
+import limits
+
 
 def test_rows_are_medians_of_ratios_by_round():
     row = measure.row_of("x", [2.0, 9.0, 3.0], [1.0, 3.0, 6.0])
     assert row == {"what": "x", "ours": 3, "plain loop": 3, "ratio": 2, "least": 0.5, "largest": 3}
     row = measure.row_of("x", [2.0, 9.0, 3.0], [1.0, 3.0, 6.0], invert=True)
     assert (row["ratio"], row["least"], row["largest"]) == (0.5, pytest.approx(1 / 3), 2)
+    assert measure.row_of("x", np.array([5.0, 5.0])) == {
+        "what": "x", "ours": 5, "plain loop": None, "ratio": None, "least": None, "largest": None
+    }  # fmt: skip
+
+
+def test_traffic_is_every_tensor_in_and_out_once():
+    a, b = torch.zeros(3, 5), torch.zeros(5, 7)
+    with limits.Traffic() as traffic:
+        product = a @ b
+    assert traffic.bytes == 4 * (15 + 35 + 21)
+    with limits.Traffic() as traffic:
+        product.T.view(-1, 3)  # views move nothing
+    assert traffic.bytes == 0
+    with limits.Traffic() as traffic:
+        product.mul_(product)  # one tensor, though three times
+    assert traffic.bytes == 4 * 21
+
+
+def test_peak_memory_is_of_the_steps_alone(monkeypatch):
+    """With an allocator that stands in for the device's: 1.35 GB were there before, a step takes 5 MB."""
+    peak = [1.35e9]
+
+    def update(batch):
+        peak[0] = max(peak[0], 5e6)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peak.__setitem__(0, 0.0))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak[0])
+    reading, whole, memory = limits.step_figures(torch.device("cuda"), lambda step: (step,), update, 3)
+    assert memory == 5 and len(reading) == len(whole) == 3 and (whole > reading).all()
+    assert limits.step_figures(torch.device("cpu"), lambda step: (step,), update, 3)[2] is None
+
+
+def test_the_limits_of_this_device(tmp_path):
+    measure.draw_photos(tmp_path, 20, side=40)
+    figures = limits.device_limits("resnet18", tmp_path, "cpu", 4, 2)
+    assert len(figures) == 3 and all(len(values) == 2 and min(values) > 0 for values in figures.values())
 
 
 def test_steps_are_as_many_as_the_device_needs():

@@ -34,6 +34,7 @@ import models
 from benchmark import error_in
 from eval import table
 from files import InputError, fail, read_json, write_atomic
+from limits import device_limits
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = sorted(path.stem for path in (ROOT / "methods").glob("*.py") if path.stem != "naive_ft")
@@ -42,7 +43,7 @@ PLAIN_LOOP = ROOT / "results/speed/plain_loop.py"
 
 @dataclass
 class Speed:
-    """A step of every method, and naive_ft against the plain loop."""
+    """A step of every method, and naive_ft against the plain loop and against the device's limits."""
 
     methods: tuple[str, ...] = tuple(METHODS)
     """scripts by name, each with flags of its own if quoted"""
@@ -66,14 +67,17 @@ class Speed:
     """folder for the table, as <device>.md and <device>.json"""
 
 
-def row_of(what, ours, plain, invert=False):
+def row_of(what, ours, plain=None, invert=False):
     """A row of the table from the figures of all rounds: medians, and the spread of their ratios.
 
     The ratios are of ours to the plain loop's in the same round; with invert, of the plain loop's to ours.
     """
+    row = {"what": what, "ours": float(np.median(ours))}
+    if plain is None:
+        return row | dict.fromkeys(("plain loop", "ratio", "least", "largest"))
     ratios = np.divide(plain, ours) if invert else np.divide(ours, plain)
-    row = {"what": what, "ours": float(np.median(ours)), "plain loop": float(np.median(plain))}
-    return row | {"ratio": float(np.median(ratios)), "least": float(min(ratios)), "largest": float(max(ratios))}
+    row |= {"plain loop": float(np.median(plain)), "ratio": float(np.median(ratios))}
+    return row | {"least": float(min(ratios)), "largest": float(max(ratios))}
 
 
 def timed(words):
@@ -189,7 +193,7 @@ def whole_runs(options, folder):
 
 
 def photographs(arch, options, folder):
-    """Rows: naive_ft against the plain loop on JPEG files, and peak memory with more of them."""
+    """Rows: naive_ft against the plain loop on JPEG files, peak memory with more of them, and the device's limits."""
     few, many = Path(folder) / "photos", Path(folder) / "more_photos"
     if not few.exists():
         draw_photos(few, options.photos)
@@ -209,7 +213,9 @@ def photographs(arch, options, folder):
             run = run_method("naive_ft", folder, ["--data-root", root, *flags, "--epochs", 1, "--steps-per-epoch", 2])
             memory[root].append(run[3])
     more = f"{what}: peak memory with {10 * options.photos} images, MB; with {options.photos}"
-    return [*rows, row_of(more, memory[many], memory[few])]
+    rows.append(row_of(more, memory[many], memory[few]))
+    shares = device_limits(arch, few, options.device, options.batch_size, options.rounds)
+    return rows + [row_of(name, figures) for name, figures in shares.items()]
 
 
 def against_plain_loop(what, arch, root, common, flags, options, folder):
@@ -260,7 +266,7 @@ def write_rows(rows, options):
     about += f"{torch.__version__}; medians; least and largest are of the ratio over the rounds.\n"
     about += "The ratio is ours to the other; in rows in seconds, the other to ours.\n"
     if not torch.cuda.is_available():
-        about += "No GPU was found here: no figures of a GPU's memory.\n"
+        about += "No GPU was found here: no figures of a GPU's memory or of its limits.\n"
     command = shlex.join(["python", "results/speed/measure.py", *sys.argv[1:]])
     text = f"# Speed\n\n```bash\n{command}\n```\n\n{about}\n{table(rows)}\n"
     write_atomic(options.out / f"{options.device}.md", lambda stream: stream.write(text.encode()))
