@@ -138,11 +138,10 @@ def original(arch, weights="none"):
         if arch not in torchvision.models.list_models(torchvision.models):
             known = "small_cnn, lenet, resnet18, vit_b_16, another of torchvision's classifiers, timm:NAME or clip:NAME"
             raise InputError(f"--arch {arch}: unknown; choose {known}")
-        more = {}
+        how = {"weights": "DEFAULT" if pretrained else None}
         if arch.startswith("vit"):  # without weights torchvision assumes 224 pixels; vit_h_14's weights are for 518
-            more["image_size"] = torchvision.models.get_model_weights(arch).DEFAULT.transforms().crop_size[0]
-        weights_name = "DEFAULT" if pretrained else None
-        network = load(arch, torchvision.models.get_model, arch, weights=weights_name, **more)
+            how["image_size"] = torchvision.models.get_model_weights(arch).DEFAULT.transforms().crop_size[0]
+        network = load(arch, torchvision.models.get_model, arch, **how)
         heads = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
         if not heads or hasattr(network, "aux_logits"):  # squeezenet; googlenet and inception_v3, which have three
             raise InputError(f"--arch {arch}: does not end in one linear head; choose resnet50, or timm:NAME")
@@ -343,7 +342,7 @@ def source_key(task, arch, weights, seed, device, amp):
     if not arch.startswith("clip:"):
         images, labels = task.source_train.images, task.source_train.labels
         key.update(json.dumps(task.source_train.augmentation, sort_keys=True).encode())
-        key.update(images.numpy().tobytes() if isinstance(images, torch.Tensor) else images.fingerprint())
+        key.update(images.numpy().ravel() if isinstance(images, torch.Tensor) else images.fingerprint())
         key.update(labels.numpy().tobytes())
     return key.hexdigest()
 

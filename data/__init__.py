@@ -222,7 +222,7 @@ def load_domain(domain, args, more=(), decode=True):
         return None, None
     found = Domain(*found)
     if not decode:
-        return found._replace(images=np.array(found.images)), None
+        return found._replace(images=np.asarray(found.images)), None
     if isinstance(found.images, list):
         usual = entry["recipe"].get("image_size", PHOTO_RECIPE["image_size"])
         size = usual if args.image_size is None else args.image_size

@@ -31,14 +31,16 @@ def image_files(unlabelled, target_folder):
     return [str(folder / name) for name in found]
 
 
+def identities(files):
+    """{file: what it is, by whatever path} of those of the files that are there."""
+    stats = {file: os.stat(file) for file in files if os.path.exists(file)}
+    return {file: (stat.st_dev, stat.st_ino) for file, stat in stats.items()}
+
+
 def check_other_images(more, own):
     """Raise InputError if files of the list `more` are the target's `own`, by whatever path."""
-    known = {(stat.st_dev, stat.st_ino) for stat in map(os.stat, filter(os.path.exists, own))}
-    shared = []
-    for file in filter(os.path.exists, more):  # what is missing is named when it is read
-        stat = os.stat(file)
-        if (stat.st_dev, stat.st_ino) in known:
-            shared.append(file)
+    known = set(identities(own).values())
+    shared = [file for file, identity in identities(more).items() if identity in known]
     if shared:
         raise InputError(
             f"--unlabelled {Path(shared[0]).parent}: {len(shared)} of the target's own images are in it. Some "

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
+from benchmark import flag_values
 
 KINDS = ("tail", "unseen10", "noseen", "unknown10", "unknown30", "tiny", "turned")
 
@@ -80,7 +81,7 @@ def unkind(kind, split, seen, seed):
 
 
 def main(kind, script, *flags):
-    if not any(flag.partition("=")[0] == "--name" for flag in flags):  # its run is not the script's
+    if "--name" not in flag_values(flags):  # its run is not the script's
         flags = (*flags, "--name", f"{Path(script).stem}_{kind}")
     load_task, read_shares, counts = data.load_task, data.read_shares, {}
 
